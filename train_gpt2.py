@@ -396,9 +396,7 @@ def save_checkpoint(path, state):
         return True
     except (OSError, RuntimeError) as e:  # torch turns some failed writes into RuntimeErrors
         tmp.unlink(missing_ok=True)
-        print(f"WARNING: could not write {path} ({str(e).splitlines()[0]}), "
-              f"{'the one before is still in place' if path.exists() else 'and there is none yet'}: free some space",
-              file=sys.stderr, flush=True)
+        print(f"WARNING: cannot write {path}, what was there is still in place; free some space ({e})", file=sys.stderr)
         return False
 
 def load_checkpoint(path):
@@ -407,10 +405,9 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["config"], state["model"], state["tokenizer"]
         return state
-    except FileNotFoundError:
-        die(f"there is no checkpoint {path}: a run writes last.pt and best.pt into its --output_dir")
     except Exception as e:  # torch raises a dozen kinds here, and all mean the same to the user
-        die(f"{path} is no checkpoint of train_gpt2.py ({type(e).__name__}): give a last.pt or best.pt")
+        die(f"{path} is no checkpoint of train_gpt2.py ({type(e).__name__}): give a last.pt or best.pt, which a run writes "
+            f"into its --output_dir")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -474,8 +471,8 @@ DEFAULTS = dict(
 MODELS = {
     "tiny": dict(
         output_dir="logtiny", n_layer=4, n_head=4, n_embd=128, qk_norm=True, tokenizer="bytes", sequence_length=128,
-        total_batch_size=2048, num_iterations=600, optimizer="muon", learning_rate=7e-3, schedule="wsd", warmup_iters=20,
-        learning_rate_decay_frac=0.0, val_loss_every=200, sample_every=200, save_every=200, log_every=20, prompt="def "),
+        total_batch_size=2048, num_iterations=540, optimizer="muon", learning_rate=7e-3, schedule="wsd", warmup_iters=20,
+        learning_rate_decay_frac=0.0, val_loss_every=180, sample_every=180, save_every=180, log_every=20, prompt="def "),
     "d12": dict(output_dir="log124M", n_layer=12, n_head=12, n_embd=768, learning_rate=1.2e-3),
     "d24": dict(output_dir="log350M", n_layer=24, n_head=16, n_embd=1024, learning_rate=6e-4),
     "d36": dict(output_dir="log774M", n_layer=36, n_head=20, n_embd=1280, learning_rate=5e-4),
@@ -538,7 +535,7 @@ def parse_args(argv):
                 text += f" [{tiny[name]}]" if tiny[name] == d12[name] else f" [{tiny[name]} / {d12[name]}]"
             group.add_argument(f"--{name}", help=text, **(
                 dict(action=argparse.BooleanOptionalAction) if kind is bool else  # a --no- form too
-                dict(type=type(kind[0]), choices=kind) if isinstance(kind, list) else dict(type=kind)))
+                dict(type=type(kind[0]), choices=kind) if isinstance(kind, list) else dict(type=kind, metavar=kind.__name__)))
     args, checkpoint = parser.parse_args(argv), None
     defaults = {**DEFAULTS, **MODELS[args.model or "tiny"]}
     args.output_dir = Path(args.output_dir or defaults["output_dir"])
@@ -660,10 +657,9 @@ def train(args, checkpoint, argv):
     train_data = TokenLoader(args.input_bin, T, config.vocab_size, args.seed)
     val_data = TokenLoader(args.input_val_bin, T, config.vocab_size)
     total, block = args.total_batch_size, (args.batch_size or 1) * T * WORLD
-    if total % block or total < block:
-        good = [n for n in (total // block * block, total // block * block + block) if n]
-        die(f"--total_batch_size {total} is no multiple of batch_size {args.batch_size or 1} x sequence_length {T} x {WORLD} "
-            f"processes: give {' or '.join(map(str, good))}")
+    if total % block or not total:
+        die(f"--total_batch_size {total} is no multiple of {block} = batch_size {args.batch_size or 1} x sequence_length {T} x "
+            f"{WORLD} processes: give {max(1, total // block) * block} or {(total // block + 1 + (total < block)) * block}")
     for data, need in (train_data, total // T), (val_data, 1):
         if data.total < need:
             die(f"{data.paths[0]}: {data.total} sequences of {T} tokens are too few for one batch of {need}, give more shards "

@@ -1,0 +1,785 @@
+"""
+Tests of train_gpt2.py. Run them with: python -m pytest -q
+
+No test needs a GPU, a download or the network. Those that compare with the transformers library skip where it is not
+installed. Runs are made in the test's own temporary folder, on a byte corpus of a few hundred kilobytes made there.
+"""
+import argparse
+import math
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt2
+from train_gpt2 import GPT, DEFAULTS, GPT2, MODELS, GPTConfig, HeadLoss, TokenLoader, get_lr, main, write_shard
+
+if "TIKTOKEN_CACHE_DIR" in os.environ:  # it may be relative, and every test changes the folder
+    os.environ["TIKTOKEN_CACHE_DIR"] = os.path.abspath(os.environ["TIKTOKEN_CACHE_DIR"])
+SCRIPT = str(Path(train_gpt2.__file__).resolve())
+CPU = torch.device("cpu")
+# a model that takes milliseconds; --log_every 1 so that every loss is in main.log
+SMALL = ("--n_layer 2 --n_head 4 --n_embd 32 --sequence_length 32 --total_batch_size 512 --warmup_iters 2 --num_iterations 6 "
+         "--val_tokens 2048 --val_loss_every 3 --sample_every 0 --save_every 3 --log_every 1 --dtype float32 --device cpu").split()
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Every test runs in an empty folder, and leaves signal handlers as it found them."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Flags for a learnable corpus of two training shards and a validation shard: arithmetic in words, as bytes."""
+    rng = np.random.default_rng(0)
+    for name, lines in (("train_1", 2000), ("train_2", 900), ("val", 400)):
+        text = "".join(f"{a} plus {b} is {a + b}.\n" for a, b in rng.integers(0, 100, (lines, 2)))
+        write_shard(tmp_path / f"{name}.bin", np.concatenate(([256], np.frombuffer(text.encode(), np.uint8))))
+    return [f"--input_bin={tmp_path}/train_*.bin", f"--input_val_bin={tmp_path}/val.bin"]
+
+
+def log_of(folder, kind="trl"):
+    """{step: loss} out of a folder's main.log."""
+    lines = (Path(folder) / "main.log").read_text().splitlines()
+    return {int(s[2:]): float(v.split(":")[1]) for s, v, *_ in map(str.split, lines) if v.startswith(kind)}
+
+
+def run(*args, env=None, check=True, **kwargs):
+    """The script in a process of its own."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    done = subprocess.run([sys.executable, SCRIPT, *args], capture_output=True, text=True, env=env, timeout=300, **kwargs)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def torchrun(processes, *args):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", SCRIPT, *args],
+                          capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def tiny_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**{**dict(n_layer=2, n_head=4, n_embd=32, block_size=32, vocab_size=100), **changes}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole
+
+def test_overfits_a_single_batch(corpus):
+    """If model, loss, gradients and optimiser are right, d12 shrunk to 2 layers learns one batch by heart: a loss under
+    0.05 within 40 steps, where guessing costs log(257) = 5.5."""
+    main(["--model=d12", "--n_layer=2", "--tokenizer=bytes", *corpus, "--overfit_single_batch", "--sequence_length=64",
+          "--total_batch_size=256", "--num_iterations=40", "--warmup_iters=5", "--val_loss_every=0", "--sample_every=0",
+          "--device=cpu", "--output_dir=log"])
+    losses = log_of("log")
+    assert losses[0] > 5 and losses[39] < 0.05, losses
+
+
+def test_default_run_end_to_end():
+    """python train_gpt2.py, shortened: what a newcomer sees, what is left behind, and that it can be repeated."""
+    short = "--num_iterations=30 --val_loss_every=15 --sample_every=15 --save_every=15 --log_every=5 --max_new_tokens=40".split()
+    out = run("--output_dir=log", *short).stdout
+    assert re.search(r"model tiny: 4 layers, 4 heads \(2 key/value\), 128 wide \| 828,800 parameters, 787,840 without", out)
+    assert re.search(r"device cpu, (float32|bfloat16) \| 2,048 tokens a step", out)
+    assert "first step done" in out and out.count("a sample after") == 3
+    # console and log agree, line by line
+    console = re.findall(r"step +(\d+)/30 \| (val )?loss ([\d.]+)(?: \| lr (\S+) \| norm (\S+))?", out)
+    wanted = [f"s:{s} tel:{loss}" if val else f"s:{s} trl:{loss} lr:{lr} norm:{norm}" for s, val, loss, lr, norm in console]
+    assert Path("log/main.log").read_text().splitlines() == wanted
+    assert [s for s, val, *_ in console if val] == ["0", "15", "30"] and len(console) == 3 + 7
+    assert float(console[-1][2]) < 3.0 < 5.0 < float(console[0][2])
+    # the commands it names at the end
+    assert 'python train_gpt2.py --sample log/best.pt --prompt \'def \'' in out
+    assert "python fineweb.py" in out and "python train_gpt2.py --model d12" in out
+    text = run("--sample=log/best.pt", "--prompt=def ", "--max_new_tokens=20").stdout
+    assert text.startswith("def ") and len(text) > 6
+    assert run("--sample=log/best.pt", "--prompt=def ", "--max_new_tokens=20").stdout == text  # same seed, same text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+@pytest.mark.parametrize("size, everything, blocks", [
+    ("tiny", 828_800, 787_840), ("d12", 116_509_440, 77_875_968), ("d24", 329_958_400, 278_447_104),
+    ("d36", 719_187_200, 654_798_080), ("d48", 1_560_116_800, 1_479_630_400)])
+def test_parameter_counts(size, everything, blocks):
+    p = {**DEFAULTS, **MODELS[size]}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(p["n_layer"], p["n_head"], 0, p["n_embd"], p["sequence_length"],
+                              train_gpt2.VOCAB_SIZE[p["tokenizer"]], qk_norm=p["qk_norm"]))
+    assert model.num_params() == (everything, blocks)
+
+
+def test_gpt2_parameter_count():
+    """OpenAI's 124M, but for the padding of the vocabulary: 124,439,808 + 47 * 768."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(n_kv_head=12, **GPT2))
+    assert model.num_params()[0] == 124_439_808 + 47 * 768
+
+
+def test_key_value_heads():
+    assert GPTConfig().n_kv_head == 6
+    assert GPTConfig(n_head=25, n_embd=1600).n_kv_head == 25  # 25 has no half
+    with pytest.raises(ValueError, match="n_kv_head"):
+        GPTConfig(n_kv_head=5)
+    with pytest.raises(ValueError, match="n_embd"):
+        GPTConfig(n_head=7)
+
+
+@pytest.mark.parametrize("switch", [
+    dict(norm="layernorm"), dict(mlp="gelu"), dict(pos="learned"), dict(n_kv_head=4), dict(bias=True), dict(qk_norm=True)])
+def test_each_switch_changes_the_model(switch):
+    x = torch.randint(0, 100, (2, 32))
+    base, other = tiny_model(), tiny_model(**switch)
+    names = lambda model: {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert names(base) != names(other) or "norm" in switch
+    other.load_state_dict(base.state_dict(), strict=False) if "norm" in switch else None
+    assert not torch.allclose(base(x), other(x), atol=1e-5)
+
+
+def test_swiglu_width():
+    """2/3 of 4 n_embd, rounded up to a multiple of 64."""
+    widths = {n: GPTConfig(n_embd=n, n_head=n // 64).n_embd for n in (768, 1024)}
+    assert [train_gpt2.MLP(GPTConfig(n_embd=n, n_head=n // 64)).c_proj.in_features for n in widths] == [2048, 2752]
+
+
+def to_transformers(model):
+    """Our weights under the names and in the layout of transformers' GPT2LMHeadModel, LlamaForCausalLM or, with QK-norm,
+    Qwen3ForCausalLM: its model, loaded."""
+    transformers = pytest.importorskip("transformers", reason="the transformers library is not installed")
+    c, sd = model.config, {name: w.clone() for name, w in model.state_dict().items()}
+    V = sd["lm_head.weight"].shape[0]
+    if c.pos == "learned":
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            vocab_size=V, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head))
+        for name in sd:  # OpenAI's Conv1D stores the transpose
+            if re.search(r"(c_attn|c_proj|c_fc)\.weight$", name):
+                sd[name] = sd[name].T
+    else:
+        kind = "Qwen3" if c.qk_norm else "Llama"
+        D, hidden = c.n_embd // c.n_head, sd["transformer.h.0.mlp.c_proj.weight"].shape[1]
+        theirs = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(
+            vocab_size=V, hidden_size=c.n_embd, intermediate_size=hidden, num_hidden_layers=c.n_layer, head_dim=D,
+            num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=c.block_size,
+            rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=True))
+        new = {"model.embed_tokens.weight": sd["transformer.wte.weight"], "model.norm.weight": sd["transformer.ln_f.weight"],
+               "lm_head.weight": sd["lm_head.weight"]}
+        for i in range(c.n_layer):
+            h, m = f"transformer.h.{i}.", f"model.layers.{i}."
+            q, k, v = sd[h + "attn.c_attn.weight"].split((c.n_head * D, c.n_kv_head * D, c.n_kv_head * D))
+            gate, up = sd[h + "mlp.c_fc.weight"].chunk(2)
+            new |= {m + "self_attn.q_proj.weight": q, m + "self_attn.k_proj.weight": k, m + "self_attn.v_proj.weight": v,
+                    m + "self_attn.o_proj.weight": sd[h + "attn.c_proj.weight"], m + "mlp.gate_proj.weight": gate,
+                    m + "mlp.up_proj.weight": up, m + "mlp.down_proj.weight": sd[h + "mlp.c_proj.weight"],
+                    m + "input_layernorm.weight": sd[h + "ln_1.weight"], m + "post_attention_layernorm.weight": sd[h + "ln_2.weight"]}
+            if c.qk_norm:
+                new |= {m + f"self_attn.{n}_norm.weight": sd[h + f"attn.{n}_norm.weight"] for n in "qk"}
+        sd = new
+    theirs.load_state_dict(sd)
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("arch", [dict(n_kv_head=4, **GPT2), dict(), dict(qk_norm=True), dict(n_kv_head=1)],
+                         ids=["GPT-2", "Llama", "Qwen3", "Llama, one key/value head"])
+def test_logits_match_transformers(arch):
+    """The same random weights, gains and biases included, give the same logits there to 1e-4."""
+    model = tiny_model(n_embd=64, block_size=64, **arch)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    x = torch.randint(0, 100, (2, 64))
+    ours, theirs = model(x)[..., :100], to_transformers(model)(x).logits[..., :100]
+    assert ours.std() > 0.5  # the comparison would mean little near zero
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_rope_scores_depend_on_distance_only():
+    T, D = 64, 16
+    cos, sin = train_gpt2.rope_tables(T, D)
+    q, k = torch.randn(1, 1, 1, D), torch.randn(1, 1, 1, D)  # one query, one key, at every position
+    q, k = (train_gpt2.apply_rope(h.expand(1, T, 1, D), cos, sin)[0, :, 0] for h in (q, k))
+    scores = q @ k.T  # (T, T)
+    for distance in (0, 1, 7, 40):
+        diagonal = scores.diagonal(-distance)
+        assert torch.allclose(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4)
+    assert scores[:, 0].std() > 0.1  # and do depend on it
+
+
+def test_rope_tells_word_orders_apart():
+    """One layer without positions sees the words before the last as a set. With RoPE it must not."""
+    x = torch.tensor([[3, 14, 15, 92, 65, 35]])
+    swapped = torch.tensor([[14, 3, 65, 92, 15, 35]])
+    model = tiny_model(n_layer=1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(5)  # attention that is far from uniform
+    assert (model(x)[:, -1, :100] - model(swapped)[:, -1, :100]).abs().max() > 1e-2
+    model.cos.fill_(1), model.sin.fill_(0)  # no rotation: the set is all it sees
+    assert (model(x)[:, -1, :100] - model(swapped)[:, -1, :100]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("arch", [dict(), dict(n_kv_head=4, **GPT2)], ids=["variant", "GPT-2"])
+def test_causality(arch):
+    model, x = tiny_model(**arch), torch.randint(0, 100, (1, 32))
+    changed = x.clone()
+    changed[0, 20] = (x[0, 20] + 1) % 100
+    a, b = model(x)[0, :, :100], model(changed)[0, :, :100]
+    assert torch.equal(a[:20], b[:20]) and not torch.allclose(a[20:], b[20:])
+
+
+def test_attention_stores_no_mask_and_copies_no_heads():
+    from torch.profiler import profile
+    model, x = tiny_model(block_size=80), torch.randint(0, 100, (2, 80))  # 80: a width that nothing else has
+    with profile(record_shapes=True) as p:
+        model(x, x).backward()
+    names = {event.key for event in p.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names, names
+    assert not names & {"aten::repeat_interleave", "aten::tril", "aten::softmax", "aten::_softmax"}
+    square = [e for e in p.key_averages(group_by_input_shape=True) if any(s[-2:] == [80, 80] for s in e.input_shapes if s)]
+    assert not square, square
+
+
+def test_head_loss_is_cross_entropy(monkeypatch):
+    """In slices that do not divide the batch, loss and every gradient equal those of the plain way."""
+    monkeypatch.setattr(HeadLoss, "ROWS", 13)
+    model, x, y = tiny_model(), torch.randint(0, 100, (3, 32)), torch.randint(0, 100, (3, 32))
+    loss = 3 * model(x, y)
+    loss.backward()
+    ours = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    plain = 3 * F.cross_entropy(model(x)[..., :100].flatten(0, 1), y.flatten())
+    plain.backward()
+    assert torch.allclose(loss, plain, atol=1e-6)
+    for p, g in zip(model.parameters(), ours):
+        assert torch.allclose(p.grad, g, atol=1e-6)
+
+
+def test_head_loss_keeps_no_logits(monkeypatch):
+    """For the backward pass it keeps the size of x and of weight, not (N, V)."""
+    monkeypatch.setattr(HeadLoss, "ROWS", 64)
+    x, weight, kept = torch.randn(512, 8, requires_grad=True), torch.randn(4096, 8, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        HeadLoss.apply(x, weight, torch.zeros(512, dtype=torch.long), 4096)
+    assert sorted(kept) == [512 * 8, 4096 * 8]
+
+
+def test_padding_takes_no_probability(monkeypatch):
+    """Vocabulary 100 is padded to 128: the ids 100 ... 127 get no probability, no gradient, and are never drawn."""
+    model, x = tiny_model(), torch.randint(0, 100, (2, 32))
+    with torch.no_grad():
+        model.lm_head.weight[100:] = 50.0
+    logits = model(x)
+    assert logits.shape[-1] == 128 and (F.softmax(logits, -1)[..., 100:] == 0).all()
+    model(x, x).backward()
+    assert (model.lm_head.weight.grad[100:] == 0).all()
+    ids = list(train_gpt2.generate(model, [1], 200, temperature=3.0, generator=torch.Generator().manual_seed(0)))
+    assert max(ids) < 100
+
+
+def test_tied_weights_survive_a_round_trip():
+    model = tiny_model()
+    torch.save(model.state_dict(), "model.pt")
+    other = tiny_model(seed=1)
+    other.load_state_dict(torch.load("model.pt", weights_only=True))
+    assert other.lm_head.weight is other.transformer.wte.weight
+    x = torch.randint(0, 100, (1, 8))
+    assert torch.equal(model(x), other(x))
+    assert Path("model.pt").stat().st_size < 1.2 * 4 * model.num_params()[0] + 20_000  # and are stored once
+
+
+def test_flops_per_token():
+    """Against torch's own count of a forward and backward pass. It does not know the CPU's attention, which is added."""
+    from torch.utils.flop_counter import FlopCounterMode
+    model, x = tiny_model(), torch.randint(0, 100, (2, 32))
+    with FlopCounterMode(display=False) as counter:
+        model(x, x).backward()
+    attention = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" in str(op))
+    gains = 6 * sum(p.numel() for p in model.parameters() if p.dim() < 2)  # counted as if they were matrices
+    expected = model.flops_per_token(32) - gains - 12 * 2 * 32 * 32
+    assert (counter.get_total_flops() - attention) / 64 == expected
+
+
+def test_generate():
+    model = tiny_model()
+    greedy = list(train_gpt2.generate(model, [5], 40, temperature=0))
+    assert len(greedy) == 40 or greedy[-1:] != [99]
+    x = [5]
+    for token in greedy:  # the likeliest token each time, over at most block_size of context
+        assert token == model(torch.tensor([x[-32:]]))[0, -1].argmax()
+        x.append(token)
+    draw = lambda **kw: list(train_gpt2.generate(model, [5], 60, generator=torch.Generator().manual_seed(0), **kw))
+    assert draw() == draw() and draw(top_k=1) == list(train_gpt2.generate(model, [5], 60, temperature=0))
+    five = {t for seed in range(40) for t in train_gpt2.generate(model, [5], 1, 1.0, 5, torch.Generator().manual_seed(seed))}
+    assert five <= set(model(torch.tensor([[5]]))[0, -1].topk(5).indices.tolist()) and len(five) > 1
+
+
+def test_generate_stops_at_endoftext():
+    model = tiny_model()
+    with torch.no_grad():  # a model that says 7, and after 7 <|endoftext|>, which is id 99
+        logits = torch.full((100,), -20.0)
+    def forward(x):
+        out = torch.full((1, x.size(1), 128), -math.inf)
+        out[..., :100] = logits
+        out[0, -1, 99 if x[0, -1] == 7 else 7] = 20.0
+        return out
+    model.forward = forward
+    assert list(train_gpt2.generate(model, [5], 10)) == [7]
+
+
+def test_bytes_decode_as_text(capsys, monkeypatch):
+    """A character of several bytes appears whole, a broken one as a mark."""
+    tokenizer = train_gpt2.load_tokenizer("bytes")
+    assert tokenizer[0]("é") == [0xC3, 0xA9]
+    monkeypatch.setattr(train_gpt2, "generate", lambda *a, **k: iter([*"né→".encode(), 0xE2, 0x41]))
+    train_gpt2.print_sample(tiny_model(vocab_size=257), tokenizer, argparse.Namespace(
+        prompt="def ", max_new_tokens=9, temperature=1.0, top_k=0), 0)
+    assert capsys.readouterr().out == "def né→�A\n"
+
+
+def test_gpt2_tokenizer():
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("TIKTOKEN_CACHE_DIR is not set, and tests do not download GPT-2's vocabulary")
+    encode, token_bytes = train_gpt2.load_tokenizer("gpt2")
+    assert encode("Hello world<|endoftext|>")[:2] == [15496, 995] and 50256 not in encode("<|endoftext|>")
+    assert b"".join(map(token_bytes, encode("naïve 🙂"))).decode() == "naïve 🙂"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data
+
+def shards(sizes, T, vocab=60000):
+    """Shards of running numbers, so that a token says where it comes from, and a loader over them."""
+    first = 0
+    for i, n in enumerate(sizes):
+        write_shard(f"part_{i}.bin", np.arange(first, first + n))
+        first += n
+    return lambda seed: TokenLoader("part_*.bin", T, vocab, seed)
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_every_token_once_an_epoch(seed):
+    """Over all processes and micro-batches, every token is a target once, but for each shard's first and its tail."""
+    sizes, T = (1000, 333, 64, 10, 777), 16
+    loader = shards(sizes, T)(seed)
+    assert loader.total == sum((n - 1) // T for n in sizes)
+    seen, B, world = [], 3, 2
+    for k in range(math.ceil(loader.total / (B * world))):
+        for rank in range(world):
+            n = min(B, loader.total - (k * world + rank) * B)
+            if n > 0:
+                x, y = loader.batch((k * world + rank) * B, n, CPU)
+                assert torch.equal(x[:, 1:], y[:, :-1]) and (y == x + 1).all()  # never across a shard's end
+                seen += y.flatten().tolist()
+    starts = np.cumsum((0, *sizes))
+    expected = [s + i for s, n in zip(starts, sizes) for i in range(1, (n - 1) // T * T + 1)]
+    assert sorted(seen) == expected
+    assert (seen == expected) == (seed is None)  # in order, or shuffled
+
+
+def test_epochs_are_shuffled_anew_and_the_same_for_all():
+    loader = shards((2000, 3000), 16)
+    epoch = lambda seed, e: loader(seed).batch(e * loader(seed).total, loader(seed).total, CPU)[0][:, 0].tolist()
+    assert epoch(7, 0) == epoch(7, 0) and epoch(7, 0) != epoch(8, 0) and epoch(7, 0) != epoch(7, 1)
+    assert sorted(epoch(7, 0)) == sorted(epoch(7, 1))
+    x, _ = loader(7).batch(loader(7).total - 2, 4, CPU)  # a batch over an epoch's end takes from both
+    assert x[:, 0].tolist() == epoch(7, 0)[-2:] + epoch(7, 1)[:2]
+
+
+def test_shards_are_memory_mapped():
+    loader = shards((1000,), 16)(None)
+    assert isinstance(loader.shards[0], np.memmap) and loader.shards[0].dtype == np.dtype("<u2")
+
+
+def test_shard_format():
+    """llm.c's: 256 int32 of header, then uint16, both little-endian."""
+    write_shard("a.bin", [50256, 1, 65535])
+    raw = Path("a.bin").read_bytes()
+    assert len(raw) == 1024 + 6 and np.frombuffer(raw[:12], "<i4").tolist() == [20240520, 1, 3]
+    assert raw[1024:] == b"\x50\xc4\x01\x00\xff\xff" and not any(raw[12:1024])
+    assert train_gpt2.read_shard("a.bin").tolist() == [50256, 1, 65535]
+
+
+def test_stdlib_corpus():
+    """Held-out files are chosen by name, so their text is in one shard only; a second call makes nothing anew."""
+    train, val = train_gpt2.stdlib_corpus()
+    docs = {}
+    for path in (train, val):
+        tokens = np.array(train_gpt2.read_shard(path))
+        assert tokens[0] == 256 and tokens.max() == 256
+        docs[path] = [bytes(d.astype(np.uint8)) for d in np.split(tokens, np.flatnonzero(tokens == 256))[1:]]
+        docs[path] = [d[1:] for d in docs[path]]
+    assert sum(map(len, docs[train])) > 5e6 and 20 < len(docs[val]) < len(docs[train]) / 10
+    source = Path(os.__file__).read_bytes()
+    assert (source in docs[train]) != (source in docs[val])
+    assert not {d for d in docs[train] if len(d) > 200} & set(docs[val])
+    before = Path(train).stat().st_mtime_ns
+    assert train_gpt2.stdlib_corpus() == (train, val) and Path(train).stat().st_mtime_ns == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+def test_schedule_corners():
+    args = argparse.Namespace(learning_rate=1.2e-3, learning_rate_decay_frac=0.1, warmup_iters=715, num_iterations=19073,
+                              schedule="cosine", cooldown_frac=0.7)
+    lr = lambda step: get_lr(step, args)
+    assert lr(0) == pytest.approx(1.2e-4) and lr(715) == pytest.approx(1.2e-3) and lr(19073) == pytest.approx(1.2e-4)
+    assert lr(714) < 1.2e-3 and lr((715 + 19073) // 2) == pytest.approx(6.6e-4)
+    args.schedule, args.num_iterations, args.cooldown_frac = "wsd", 10000, 0.4
+    assert lr(0) == pytest.approx(1.2e-4) and lr(715) == lr(6000) == pytest.approx(1.2e-3)
+    assert lr(8000) == pytest.approx(6.6e-4) and lr(10000) == pytest.approx(1.2e-4)
+    args.warmup_iters, args.learning_rate_decay_frac = 0, 0.0
+    assert lr(0) == pytest.approx(1.2e-3) and lr(10000) == 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_optimizer_groups(optimizer):
+    """Matrices decay, gains and biases do not; Muon takes the blocks' matrices; every parameter is in one place."""
+    model = tiny_model(bias=True, norm="layernorm", pos="learned")
+    args = argparse.Namespace(optimizer=optimizer, learning_rate=1e-3, weight_decay=0.1, zero_stage=0)
+    optimizers = train_gpt2.make_optimizers(model, args)
+    names = {id(p): name for name, p in model.named_parameters()}
+    where = {names[id(p)]: (type(o).__name__, group["weight_decay"]) for o in optimizers for group in o.param_groups for p in group["params"]}
+    assert len(where) == len(names) == sum(len(g["params"]) for o in optimizers for g in o.param_groups)
+    for name, p in model.named_parameters():
+        muon = optimizer == "muon" and ".h." in name and p.dim() == 2
+        assert where[name] == ("Muon" if muon else "AdamW", 0.1 if p.dim() == 2 else 0.0), name
+
+
+def test_accumulation_equals_one_large_batch(corpus):
+    for B in (16, 4, 1):
+        main([*SMALL, *corpus, f"--batch_size={B}", "--optimizer=adamw", "--learning_rate=1e-3", f"--output_dir=log{B}"])
+    assert log_of("log4") == pytest.approx(log_of("log16"), abs=1e-5)
+    assert log_of("log1") == pytest.approx(log_of("log16"), abs=1e-5)
+    assert log_of("log1", "tel") == pytest.approx(log_of("log16", "tel"), abs=1e-5)  # and so is a validation
+
+
+def test_validation_counts_a_fixed_number_of_tokens(corpus):
+    model = tiny_model(vocab_size=257)
+    data = TokenLoader(corpus[1].split("=")[1], 32, 257)
+    autocast = lambda: torch.autocast("cpu", enabled=False)
+    losses = [train_gpt2.evaluate(model, data, 70 * 32 + 5, B, autocast, CPU) for B in (1, 16, 64)]
+    x, y = data.batch(0, 70, CPU)
+    assert losses == pytest.approx([model(x, y).item()] * 3, abs=1e-5)
+    everything = train_gpt2.evaluate(model, data, 10**9, 16, autocast, CPU)
+    assert everything == pytest.approx(model(*data.batch(0, data.total, CPU)).item(), abs=1e-5)
+
+
+def test_the_default_dtype_follows_the_hardware(monkeypatch):
+    for flags, native in (("sse2 avx2 amx_bf16", True), ("avx512_bf16", True), ("asimd bf16", True), ("sse2 avx512f", False)):
+        monkeypatch.setattr(Path, "read_text", lambda self: f"flags : {flags}")
+        monkeypatch.setattr(Path, "exists", lambda self: True)
+        assert train_gpt2.native_bf16(CPU) is native
+
+
+def test_micro_batch_choice(monkeypatch):
+    """It divides a process's share of the step, and a small GPU gets a small one."""
+    d12, params = GPTConfig(), 116_509_440
+    assert train_gpt2.pick_batch_size(d12, params, CPU, 512) == 4  # 4096 tokens
+    assert train_gpt2.pick_batch_size(d12, params, CPU, 3) == 3
+    sizes = []
+    for gib in (80, 40, 24, 8):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: argparse.Namespace(total_memory=gib * 2**30))
+        sizes.append(train_gpt2.pick_batch_size(d12, params, torch.device("cuda", 0), 512))
+    assert sizes == [64, 32, 16, 2] and all(512 % b == 0 for b in sizes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# More than one process
+
+TWO = [*SMALL, "--num_iterations=10", "--batch_size=4", "--optimizer=adamw", "--learning_rate=3e-3"]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_two_processes_train_as_one(corpus, zero_stage):
+    """The losses of 10 steps agree to 1e-4, validations too, and either run can be resumed by the other kind."""
+    main([*TWO, *corpus, "--output_dir=one"])
+    torchrun(2, *TWO, *corpus, f"--zero_stage={zero_stage}", "--output_dir=two")
+    one, two = log_of("one"), log_of("two")
+    assert len(one) == 10 and two == pytest.approx(one, abs=1e-4)
+    assert log_of("two", "tel") == pytest.approx(log_of("one", "tel"), abs=1e-4)
+    # on from step 10 to 14, both on the other number of processes
+    main([*TWO, *corpus, "--output_dir=two", "--num_iterations=14", "--resume"])
+    torchrun(2, *TWO, *corpus, f"--zero_stage={zero_stage}", "--output_dir=one", "--num_iterations=14", "--resume")
+    main([*TWO, *corpus, "--output_dir=straight", "--num_iterations=14"])
+    assert log_of("one") == pytest.approx(log_of("two"), abs=1e-4) and len(log_of("one")) == 14
+
+
+def test_gradients_are_synchronised_once_a_step(corpus):
+    """Two micro-batches a step and process, and as many all-reduces of gradients as with one."""
+    probe = Path("probe.py")
+    probe.write_text(f"""
+import sys; sys.path.insert(0, {str(Path(SCRIPT).parent)!r})
+import torch.nn as nn, train_gpt2, torch.distributed as dist
+class Counting(nn.parallel.DistributedDataParallel):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.count = 0
+        def hook(state, bucket):
+            self.count += 1
+            future = dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future()
+            return future.then(lambda f: f.value()[0])
+        self.register_comm_hook(None, hook)
+        Counting.last = self
+nn.parallel.DistributedDataParallel = Counting
+train_gpt2.main(sys.argv[1:])
+if train_gpt2.RANK == 0:
+    print("reductions", Counting.last.count)
+""")
+    counts = []
+    for B in (8, 2):
+        args = [*TWO, *corpus, f"--batch_size={B}", f"--output_dir=log{B}"]
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(probe), *args],
+                              capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        counts.append(int(re.search(r"reductions (\d+)", done.stdout + done.stderr).group(1)))
+    assert counts[0] == counts[1] >= 10
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other(corpus, victim):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen([sys.executable, SCRIPT, *TWO, *corpus, "--num_iterations=100000", "--output_dir=log"], stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in (0, 1)]
+    try:
+        wait_for(lambda: Path("log/last.pt").exists(), both)
+        both[victim].kill()
+        _, err = both[1 - victim].communicate(timeout=60)
+        assert both[1 - victim].returncode not in (0, None) and "lost another process" in err and "--resume" in err, err
+    finally:
+        for process in both:
+            process.kill()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints, resuming, and what goes wrong
+
+def wait_for(condition, processes, seconds=120):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline and all(p.poll() is None for p in processes), "it ended, or takes too long"
+        time.sleep(0.02)
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_is_exact(corpus, optimizer):
+    """Stopped after 3 of 8 steps and resumed: losses, log, best loss and weights equal the uninterrupted run's bit for bit."""
+    flags = [*SMALL, *corpus, f"--optimizer={optimizer}", "--num_iterations=8", "--sample_every=3", "--max_new_tokens=3"]
+    main([*flags, "--output_dir=straight"])
+    real = train_gpt2.save_checkpoint
+    def save_and_die(path, state):
+        real(path, state)
+        if path.name == "last.pt":
+            raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_gpt2, "save_checkpoint", save_and_die)
+        main([*flags, "--output_dir=stopped"])
+    assert torch.load("stopped/last.pt", weights_only=True)["step"] == 3
+    with open("stopped/main.log", "a") as f:
+        f.write("s:3 trl:9.999999 lr:0.1 norm:1\ns:4 tr")  # a later line, and one torn by the crash
+    main([*flags, "--output_dir=stopped", "--resume"])
+    assert Path("stopped/main.log").read_text() == Path("straight/main.log").read_text()
+    for name in ("last.pt", "best.pt"):
+        a, b = (torch.load(f"{folder}/{name}", weights_only=True) for folder in ("straight", "stopped"))
+        assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+        assert all(a[k] == b[k] for k in ("step", "train_loss", "val_loss", "best_val_loss", "config"))
+
+
+def test_resume_takes_flags_from_the_run(corpus):
+    main([*SMALL, *corpus, "--learning_rate=0.004", "--output_dir=log"])
+    main(["--resume", "--output_dir=log", "--num_iterations=8"])
+    state = torch.load("log/last.pt", weights_only=True)
+    assert state["step"] == 8 and state["args"]["learning_rate"] == 0.004 and state["config"]["n_embd"] == 32
+
+
+def test_best_is_the_lowest_and_last_is_the_newest(corpus):
+    """At a rate that is far too high the loss rises again: best.pt stays behind."""
+    main([*SMALL, *corpus, "--num_iterations=12", "--optimizer=adamw", "--learning_rate=0.5", "--cooldown_frac=0", "--val_loss_every=2",
+          "--output_dir=log"])
+    losses = {s: v for s, v in log_of("log", "tel").items() if s > 0}
+    best, last = (torch.load(f"log/{name}", weights_only=True) for name in ("best.pt", "last.pt"))
+    assert best["val_loss"] == pytest.approx(min(losses.values()), abs=1e-6) and losses[best["step"]] == min(losses.values())
+    assert last["step"] == 12 and last["best_val_loss"] == best["val_loss"] and best["step"] < 12
+
+
+def test_checkpoint_contents(corpus):
+    main([*SMALL, *corpus, "--output_dir=log"])
+    state = torch.load("log/best.pt", weights_only=True)
+    assert state["source"] == Path(SCRIPT).read_text() and state["tokenizer"] == "bytes"
+    assert GPTConfig(**state["config"]).n_embd == 32 and state["step"] == 6 and state["train_loss"] > 0
+    assert not list(Path("log").glob("*.tmp"))
+
+
+def test_a_run_is_never_written_over(corpus, capsys):
+    main([*SMALL, *corpus, "--output_dir=log"])
+    before = {p.name: p.read_bytes() for p in Path("log").iterdir()}
+    fails([*SMALL, *corpus, "--output_dir=log"], capsys, "log holds a run: add --resume", "another --output_dir")
+    assert before == {p.name: p.read_bytes() for p in Path("log").iterdir()}
+
+
+def test_the_flagless_run_keeps_earlier_ones(monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", {**MODELS["tiny"], "n_layer": 1, "num_iterations": 2, "val_tokens": 128, "sample_every": 0})
+    for _ in range(3):
+        main([])
+    assert [p.name for p in sorted(Path().glob("logtiny*"))] == ["logtiny", "logtiny.1", "logtiny.2"]
+    assert all((p / "last.pt").exists() for p in Path().glob("logtiny*"))
+
+
+def test_kill_at_any_moment(corpus):
+    """After kill -9 both checkpoints load and the run goes on, ten times over."""
+    flags = [*SMALL, *corpus, "--num_iterations=100000", "--val_loss_every=2", "--save_every=1", "--val_tokens=64", "--output_dir=log"]
+    rng, env, step = np.random.default_rng(0), {**os.environ, "OMP_NUM_THREADS": "1"}, 0
+    for i in range(5):
+        process = subprocess.Popen([sys.executable, SCRIPT, *flags, *(["--resume"] if i else [])], env=env,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        lines = lambda: len(Path("log/main.log").read_text().splitlines()) if Path("log/main.log").exists() else 0
+        begin = lines()
+        wait_for(lambda: lines() > begin + 5, [process])
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.wait()
+        last, best = (torch.load(f"log/{name}", weights_only=True) for name in ("last.pt", "best.pt"))
+        assert last["step"] > step and best["val_loss"] >= last["best_val_loss"] - 1e-6 or best["step"] > last["step"]
+        step = last["step"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(corpus, number):
+    flags = [*SMALL, *corpus, "--num_iterations=100000", "--save_every=0", "--val_loss_every=0", "--output_dir=log"]
+    process = subprocess.Popen([sys.executable, SCRIPT, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_for(lambda: Path("log/main.log").exists() and len(log_of("log")) > 5, [process])
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "stopping after this step" in err and "Traceback" not in err
+    command = re.search(r"Go on with.*: (.*)", out).group(1)
+    assert command == f"train_gpt2.py {' '.join(flags)} --resume".replace("*", "*") or "--resume" in command
+    step = torch.load("log/last.pt", weights_only=True)["step"]
+    assert step == max(log_of("log")) + 1  # no finished step is lost
+    main([*flags, f"--num_iterations={step + 2}", "--resume"])
+    assert sorted(log_of("log")) == list(range(step + 2))
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(corpus, capsys):
+    """The limit on a file's size stands in for the disk's: the write fails half-way, as it would there."""
+    main([*SMALL, *corpus, "--output_dir=log"])
+    before = Path("log/last.pt").read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    try:
+        fails(["--resume", "--num_iterations=9", "--output_dir=log"], capsys, "is not saved: free some space", "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert Path("log/last.pt").read_bytes() == before and not list(Path("log").glob("*.tmp"))
+    main(["--resume", "--num_iterations=9", "--output_dir=log"])
+    assert torch.load("log/last.pt", weights_only=True)["step"] == 9
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(corpus, capsys, monkeypatch):
+    real, calls = train_gpt2.HeadLoss.apply, []
+    def apply(*args):
+        calls.append(torch.is_grad_enabled())
+        return real(*args) * (math.nan if sum(calls) > 4 else 1)
+    monkeypatch.setattr(train_gpt2.HeadLoss, "apply", apply)
+    fails([*SMALL, *corpus, "--batch_size=16", "--output_dir=log"], capsys, "step 4 has loss nan", "log/last.pt is the last good checkpoint")
+    assert all(w.isfinite().all() for w in weights("log/last.pt").values())
+
+
+def fails(argv, capsys, *messages):
+    """main(argv) ends in one line on stderr that contains the messages, with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        main(argv)
+    err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("WARNING")]
+    assert e.value.code == 2 and len(err) == 1 and err[0].startswith("error: "), err
+    for message in messages:
+        assert message in err[0], err[0]
+
+
+def header(magic=20240520, version=1, count=5000):
+    h = np.zeros(256, "<i4")
+    h[:3] = magic, version, count
+    return h.tobytes()
+
+
+BODY = np.zeros(5000, "<u2").tobytes()
+
+
+@pytest.mark.parametrize("content, messages", [
+    (b"", ["bad.bin", "too short for a token shard", "fineweb.py"]),
+    (header()[:500], ["bad.bin", "too short"]),
+    (header(magic=42) + BODY, ["bad.bin", "magic number is 42"]),
+    (header(version=2) + BODY, ["bad.bin", "version 2"]),
+    (header() + BODY[:-10], ["bad.bin", "truncated"]),
+    (header() + BODY + b"12", ["bad.bin", "overlong"]),
+    (header(count=0), ["bad.bin", "empty"]),
+    (header(count=100) + BODY[:200], ["bad.bin", "too few for one batch", "--total_batch_size"]),
+    (header() + BODY[:-2] + b"\x01\x01" , []),  # the largest id there is, 257, at the very end: outside the vocabulary
+], ids=["no bytes", "half a header", "magic", "version", "truncated", "overlong", "no tokens", "too small", "token id"])
+def test_bad_shards(content, messages, corpus, capsys):
+    Path("bad.bin").write_bytes(content)
+    if not messages:
+        body = np.full(5000, 300, "<u2").tobytes()
+        Path("bad.bin").write_bytes(header() + body)
+        messages = ["bad.bin", "token id 300", "outside the vocabulary of 257", "--tokenizer"]
+    fails([*SMALL, "--input_bin=bad.bin", corpus[1], "--output_dir=log"], capsys, *messages)
+    assert not (Path("log") / "last.pt").exists()
+
+
+@pytest.mark.parametrize("argv, messages", [
+    (["--model=d24"], ["fineweb10B/fineweb_train_*.bin", "python fineweb.py", "--input_bin"]),
+    (["--model=d13"], ["--model", "d13", "d12"]),
+    (["--total_batch_size=500"], ["--total_batch_size 500", "give 480 or 512"]),
+    (["--batch_size=5"], ["--total_batch_size 512", "= batch_size 5 x", "give 480 or 640"]),
+    (["--total_batch_size=0"], ["--total_batch_size 0", "give 32 or 64"]),
+    (["--n_head=5"], ["--n_embd 32 over --n_head 5"]),
+    (["--n_kv_head=3"], ["--n_head 4", "--n_kv_head 3"]),
+    (["--input_val_bin=nothing*.bin"], ["nothing*.bin", "python fineweb.py"]),
+    (["--sequence_length=9000", "--total_batch_size=9000"], ["val.bin", "too few"]),
+    (["--learning_rate=fast"], ["--learning_rate", "fast"]),
+    (["--no_such_flag=1"], ["--no_such_flag"]),
+    (["--resume", "--output_dir=nowhere"], ["nowhere/last.pt", "no checkpoint"]),
+    (["--sample=nowhere.pt"], ["nowhere.pt", "no checkpoint"]),
+    (["--sample=text.pt"], ["text.pt", "is no checkpoint"]),
+    (["--sample=other.pt"], ["other.pt", "is no checkpoint"]),
+    (["--sample=."], ["is no checkpoint"]),
+    (["--device=mps" if not torch.backends.mps.is_available() else "--device=cuda"], ["--device", "torch sees none"]),
+])
+def test_bad_flags(argv, messages, corpus, capsys):
+    Path("text.pt").write_text("hello")
+    torch.save({"weights": 1}, "other.pt")
+    fails([*SMALL, *([] if argv == ["--model=d24"] else corpus), "--output_dir=log", *argv], capsys, *messages)
+
+
+def test_resume_refuses_another_model(corpus, capsys):
+    main([*SMALL, *corpus, "--output_dir=log"])
+    for flag, value in (("--norm", "layernorm"), ("--n_layer", "3"), ("--seed", "1"), ("--total_batch_size", "1024")):
+        fails(["--resume", "--output_dir=log", flag, value], capsys, f"{flag} {value} cannot go on in log", "another --output_dir")
+
+
+def test_errors_leave_no_traceback(corpus):
+    done = run("--model=d13", check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
