@@ -18,6 +18,7 @@ import codecs
 import contextlib
 import datetime
 import functools
+import gc
 import glob
 import hashlib
 import math
@@ -402,7 +403,7 @@ def load_checkpoint(path):
     """The dictionary that save() in train() made, tensors on the CPU. weights_only: data is loaded, never code."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["config"], state["model"], state["tokenizer"]
+        state["config"], state["model"], state["tokenizer"], state["args"]  # or a KeyError
         return state
     except Exception as e:  # torch raises a dozen kinds here, and all mean the same to the user
         die(f"{path} is no checkpoint of train_gpt2.py ({type(e).__name__}): give a last.pt or best.pt, which a run writes "
@@ -518,12 +519,12 @@ FLAGS = {  # --help's heading: (flag, type or choices, meaning and unit), ...
         ("temperature", float, "0: the likeliest token"), ("top_k", int, "draw from the k likeliest tokens; 0: from all"),
         ("max_new_tokens", int, "tokens, at most")]}
 # What makes the model and the order of the data cannot change when a run resumes; what belongs to a launch is not kept.
-FIXED = ["model", "arch", *GPT2, "n_layer", "n_head", "n_embd", "tokenizer", "sequence_length", "total_batch_size",
-         "optimizer", "seed"]
+FIXED = ["model", "arch", *GPT2, "n_layer", "n_head", "n_kv_head", "n_embd", "tokenizer", "sequence_length",
+         "total_batch_size", "optimizer", "seed"]
 LAUNCH = ["output_dir", "batch_size", "resume", "zero_stage", "device", "compile", "sample"]
 
 def parse_args(argv):
-    """(args, checkpoint or None). A flag is as given, else as in the checkpoint that --resume goes on from, else as in
+    """(args, checkpoint or None). A flag is as given, else as in the checkpoint that --resume or --sample names, else as in
     the model's preset, else as in DEFAULTS, else None."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="In brackets: default of tiny / of d12.")
     parser.error = die  # argparse would print a page of usage before the line that matters
@@ -541,14 +542,14 @@ def parse_args(argv):
     args.output_dir = Path(args.output_dir or defaults["output_dir"])
     if args.arch == "gpt2":
         defaults.update(GPT2, n_kv_head=args.n_head or defaults["n_head"])
-    if args.resume:
-        checkpoint = load_checkpoint(args.output_dir / "last.pt")
+    if args.sample or args.resume:
+        checkpoint = load_checkpoint(args.sample or args.output_dir / "last.pt")
         defaults = checkpoint["args"]
-        for name in FIXED:
+        for name in FIXED if args.resume else []:
             if getattr(args, name) not in (None, defaults[name]):
                 die(f"--{name} {getattr(args, name)} cannot go on in {args.output_dir}, which was begun with {defaults[name]}: "
                     f"drop the flag, or drop --resume and give another --output_dir")
-    elif not args.sample and not args.input_bin and (args.tokenizer or defaults["tokenizer"]) == "bytes":
+    elif not args.input_bin and (args.tokenizer or defaults["tokenizer"]) == "bytes":
         defaults["input_bin"], defaults["input_val_bin"] = stdlib_corpus()
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
@@ -629,7 +630,7 @@ def open_output_dir(path, resume_step, set_aside):
 
 def train(args, checkpoint, argv):
     """A run, or one process of those that torchrun started for it: every one executes this function, on its own device and
-    its own share of each batch, and they meet where gradients and losses are averaged."""
+    its own share of each batch, and they meet where gradients and losses are averaged. Returns the exit code."""
     source = Path(__file__).read_text()  # now: when a checkpoint carries it, the file may have been edited
     device = pick_device(args.device)
     if device.type == "cuda":
@@ -678,8 +679,7 @@ def train(args, checkpoint, argv):
     # what trains it
     forward = ddp = torch.compile(model, dynamic=False) if compiled else model  # static shapes make the fastest kernels
     if WORLD > 1:  # DDP averages gradients over processes while the backward pass is still making others
-        ddp = nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False,  # RoPE's tables never change
-                                                  gradient_as_bucket_view=True)  # or gradients would be there twice
+        ddp = nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)  # or they would be there twice
     optimizers = make_optimizers(model, args)
     last_pt, best_pt, main_log = (args.output_dir / name for name in ("last.pt", "best.pt", "main.log"))
     start, train_loss, val_loss, best = 0, math.inf, math.inf, math.inf
@@ -783,23 +783,23 @@ def train(args, checkpoint, argv):
         if stop:
             if save(last_pt, step + 1):
                 print0(f"stopped with {last_pt} written. Go on with the same command and --resume: {again}")
-            sys.exit(128 + (signals or [signal.SIGTERM])[0])  # as a shell reports death by signal
+            return 128 + (signals or [signal.SIGTERM])[0]  # as a shell reports death by signal
 
     memory = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
     best_pt = best_pt if best_pt.exists() else last_pt
     then = "fineweb.py\n    python train_gpt2.py --model d12" if args.model == "tiny" else f"hellaswag.py -m {best_pt}"
     print0(f"done in {time.time() - START:.0f} s{memory}. Newest state: {last_pt}, lowest validation loss ({best:.4f}): {best_pt}\n"
            f"Next:\n    python train_gpt2.py --sample {best_pt} --prompt {shlex.quote(args.prompt)}\n    python {then}")
+    return 0
 
 def main(argv):
     args, checkpoint = parse_args(argv)
     if args.sample:
-        state = load_checkpoint(args.sample)
-        model = GPT(GPTConfig(**state["config"]))
-        model.load_state_dict(state["model"])
-        return print_sample(model.to(pick_device(args.device)), load_tokenizer(state["tokenizer"]), args, args.seed)
+        model = GPT(GPTConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+        return print_sample(model.to(pick_device(args.device)), load_tokenizer(checkpoint["tokenizer"]), args, args.seed)
     try:
-        train(args, checkpoint, argv)
+        code = train(args, checkpoint, argv)
     except torch.OutOfMemoryError:
         die("out of memory: give a smaller --batch_size (the total stays as it is), --sequence_length or --model")
     except RuntimeError as e:
@@ -808,7 +808,9 @@ def main(argv):
         print(f"error: lost another process, start all again with --resume ({str(e).splitlines()[0]})", file=sys.stderr)
         os._exit(1)  # at once: an ordinary exit would wait for the others
     if dist.is_initialized():
+        gc.collect()  # DDP's cycles keep gloo's threads alive, and one that wakes while Python ends aborts the process
         dist.destroy_process_group()
+    return code
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))
