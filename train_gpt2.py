@@ -17,7 +17,6 @@ import argparse
 import codecs
 import contextlib
 import ctypes
-import datetime
 import functools
 import gc
 import glob
@@ -40,15 +39,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them, see train()
+print0 = functools.partial(print, flush=True) if RANK == 0 else lambda text: None  # one of many processes speaks
 
 def die(message):
     """Ends the program over a user's mistake: one line that says what to do next, exit code 2, no traceback."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. The model
+# ---- 1. The model ---------------------------------------------------------------------------------------------------
 
 @dataclass
 class GPTConfig:
@@ -243,9 +241,7 @@ class GPT(nn.Module):
         c = self.config
         return 6 * (self.num_params()[1] + self.lm_head.weight.numel()) + 12 * c.n_layer * c.n_embd * T
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. The data
+# ---- 2. The data ----------------------------------------------------------------------------------------------------
 
 # A corpus is a folder of shards in llm.c's format: 256 little-endian int32 of header (magic, version, number of tokens,
 # zeros), then the tokens as uint16. Every document begins with <|endoftext|>, which is always the last real id.
@@ -331,13 +327,11 @@ class TokenLoader:
                 die(f"{self.paths[shard]} holds token id {row.max()}, outside the vocabulary of {self.vocab_size}: see --tokenizer")
         rows = torch.from_numpy(rows)
         if device.type == "cuda":  # from page-locked memory the copy runs beside the GPU's work instead of stalling it
-            rows = rows.pin_memory()
-        rows = rows.to(device, non_blocking=True)
+            rows = rows.pin_memory().to(device, non_blocking=True)
+        rows = rows.to(device)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. The optimiser
+# ---- 3. The optimiser -----------------------------------------------------------------------------------------------
 
 def get_lr(step, args):
     """Learning rate of a step. Warm-up from 10 % of the peak, while Adam's averages fill; then either a cosine down to
@@ -375,9 +369,7 @@ def make_optimizers(model, args):
                                            adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Checkpoints
+# ---- 4. Checkpoints -------------------------------------------------------------------------------------------------
 
 def save_checkpoint(path, state):
     """Writes state so that at any moment, a power cut included, path holds one whole checkpoint, the old or the new.
@@ -409,9 +401,7 @@ def load_checkpoint(path):
         die(f"{path} is no checkpoint of train_gpt2.py ({type(e).__name__}): give a last.pt or best.pt, which a run writes "
             f"into its --output_dir")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Sampling
+# ---- 5. Sampling ----------------------------------------------------------------------------------------------------
 
 def load_tokenizer(name):
     """(encode: text -> list of ids, token_bytes: id -> bytes) for "bytes" or "gpt2"."""
@@ -454,9 +444,7 @@ def print_sample(model, tokenizer, args, seed):
         print(decoder.decode(token_bytes(token)), end="", flush=True)
     print(decoder.decode(b"", final=True))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. The command line
+# ---- 6. The command line --------------------------------------------------------------------------------------------
 
 # Where a flag is not given the model's preset decides, and below it these: the homework's hyperparameters, for one pass
 # over FineWeb's 10B tokens. 524,288 tokens a step is GPT-3's choice for this size (https://arxiv.org/abs/2005.14165).
@@ -556,16 +544,10 @@ def parse_args(argv):
             setattr(args, name, value)
     return args, checkpoint
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. The run
+# ---- 7. The run -----------------------------------------------------------------------------------------------------
 
 # dense bf16 TFLOP/s from the cards' data sheets, against which MFU (model FLOPs utilisation) is stated
 PEAK = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71}
-
-def print0(text):
-    if RANK == 0:
-        print(text, flush=True)
 
 def pick_device(name):
     there = [kind for kind in ("cuda", "mps", "cpu") if kind == "cpu" or getattr(torch, kind).is_available()]
@@ -599,7 +581,7 @@ def pick_batch_size(config, params, device, sequences):
         # what the blocks keep for the backward pass: 56 bytes a channel and block in eager bf16, 67 with QK-norm, as
         # counted with saved_tensors_hooks at d12 and d24. Compiled it is less; a tenth of the memory stays free.
         room = 0.9 * torch.cuda.get_device_properties(device).total_memory - 16 * params - 4e9
-        tokens = min(room / (75 * config.n_layer * config.n_embd), 65536)  # more would not keep a GPU any busier
+        tokens = min(room / (75 * config.n_layer * config.n_embd), 65536)  # 64 x 1024, the FineWeb speedrun's
     return max(b for b in range(1, sequences + 1) if sequences % b == 0 and b <= max(1, tokens / config.block_size))
 
 @torch.no_grad()
@@ -641,27 +623,26 @@ def train(args, checkpoint, argv):
         # d12 (4 x 256 tokens, bf16, 2 cores: 1.8 s instead of 1.2 s). So: M_MMAP_MAX 0, M_TRIM_THRESHOLD never.
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
     if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")  # between GPUs, or between CPUs
     args.dtype = args.dtype or ("bfloat16" if native_bf16(device) else "float32")
+    # matrix products in bf16; weights, residual stream, norms and loss stay fp32, which bf16's 8 bits would be too few for
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     # the model, the same in every process because the seed is
-    T = args.sequence_length
+    args.block_size, args.vocab_size = T, V = args.sequence_length, VOCAB_SIZE[args.tokenizer]
     try:
-        config = GPTConfig(args.n_layer, args.n_head, args.n_kv_head, args.n_embd, T, VOCAB_SIZE[args.tokenizer],
-                           args.norm, args.mlp, args.pos, args.bias, args.qk_norm)
+        config = GPTConfig(**{name: getattr(args, name) for name in GPTConfig.__dataclass_fields__})
     except ValueError as e:
         die(e)
     torch.manual_seed(args.seed)
-    with device:
+    with device:  # made where it will live: on a CPU first, d48's 1.6 billion random numbers would take long
         model = GPT(config)
     (params, blocks), flops = model.num_params(), model.flops_per_token(T)
     print0(f"model {args.model}: {config.n_layer} layers, {config.n_head} heads ({config.n_kv_head} key/value), "
            f"{config.n_embd} wide | {params:,} parameters, {blocks:,} without embeddings | {flops / 1e6:,.1f} MFLOP a token")
 
     # the data, and how a step is cut into micro-batches
-    train_data = TokenLoader(args.input_bin, T, config.vocab_size, args.seed)
-    val_data = TokenLoader(args.input_val_bin, T, config.vocab_size)
+    train_data, val_data = TokenLoader(args.input_bin, T, V, args.seed), TokenLoader(args.input_val_bin, T, V)
     total, block = args.total_batch_size, (args.batch_size or 1) * T * WORLD
     if total % block or not total:
         die(f"--total_batch_size {total} is no multiple of {block} = batch_size {args.batch_size or 1} x sequence_length {T} x "
@@ -671,13 +652,13 @@ def train(args, checkpoint, argv):
             die(f"{data.paths[0]}: {data.total} sequences of {T} tokens are too few for one batch of {need}, give more shards "
                 f"or a smaller --sequence_length or --total_batch_size")
     B = args.batch_size or pick_batch_size(config, params, device, total // T // WORLD)
-    accumulate = total // (B * T * WORLD)
+    accumulate = total // (B * T * WORLD)  # micro-batches whose gradients add up to a step's
     if RANK == 0:
         open_output_dir(args.output_dir, checkpoint and checkpoint["step"], set_aside=not argv)
     compiled = args.compile if args.compile is not None else device.type == "cuda"
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    print0(f"device {card}, {args.dtype}{', compiled' * compiled} | {total:,} tokens a step: {accumulate} micro-batches x {B} "
-           f"sequences x {T} tokens x {WORLD} processes\n"
+    print0(f"device {card}, {args.dtype}{', compiled' * compiled} | {total:,} tokens a step = {B} sequences x {T} tokens x {accumulate} "
+           f"micro-batches x {WORLD} processes\n"
            f"data {args.input_bin}: {train_data.total * T:,} tokens an epoch, {args.num_iterations * total:,} in this run")
 
     # what trains it
@@ -767,7 +748,7 @@ def train(args, checkpoint, argv):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         train_loss, stop = all_sum([loss_sum.item() / WORLD, len(signals)], device)  # only here Python waits for the GPU
-        recent.append(time.time() - t0)
+        recent.append(time.time() - t0)  # so this is the whole step, not only its launch
         if not math.isfinite(train_loss + norm):
             good = f"{last_pt} is the last good checkpoint" if last_pt.exists() else "there is no checkpoint yet"
             die(f"step {step} has loss {train_loss} and gradient norm {norm:g}: {good}, try a lower --learning_rate")
@@ -778,10 +759,10 @@ def train(args, checkpoint, argv):
             print0(f"first step done {first - START:.1f} s after the start")
         if due(args.log_every) or step == args.num_iterations - 1:
             speed = total * len(recent) / sum(recent)
-            left = int((time.time() - first) / max(1, step - start) * (args.num_iterations - step - 1))
+            left = (time.time() - first) / max(1, step - start) * (args.num_iterations - step - 1) / 60
             mfu = f" | MFU {speed * flops / WORLD / peak:.1%}" if peak else ""
             report(f"step {step:5d}/{args.num_iterations} | loss {train_loss:.6f} | lr {lr:.2e} | norm {norm:.4f} | "
-                   f"{1000 * sum(recent) / len(recent):.1f} ms | {speed:,.0f} tok/s{mfu} | {datetime.timedelta(seconds=left)} left",
+                   f"{1000 * sum(recent) / len(recent):.1f} ms | {speed:,.0f} tok/s{mfu} | {left:.1f} min left",
                    f"s:{step} trl:{train_loss:.6f} lr:{lr:.2e} norm:{norm:.4f}")
             recent = []
         if stop:
