@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt2
-from train_gpt2 import GPT, DEFAULTS, GPT2, MODELS, GPTConfig, HeadLoss, TokenLoader, get_lr, main, write_shard
+from train_gpt2 import DEFAULTS, GPT, GPT2, MODELS, GPTConfig, HeadLoss, TokenLoader, get_lr, main, write_shard
 
 if "TIKTOKEN_CACHE_DIR" in os.environ:  # it may be relative, and every test changes the folder
     os.environ["TIKTOKEN_CACHE_DIR"] = os.path.abspath(os.environ["TIKTOKEN_CACHE_DIR"])
@@ -770,6 +770,9 @@ def test_bad_shards(content, messages, corpus, capsys):
     (["--total_batch_size=0"], ["--total_batch_size 0", "give 32 or 64"]),
     (["--n_head=5"], ["--n_embd 32 over --n_head 5"]),
     (["--n_kv_head=3"], ["--n_head 4", "--n_kv_head 3"]),
+    (["--n_head=0"], ["--n_head", "at least 1"]),
+    (["--sequence_length=0"], ["--sequence_length", "at least 1"]),
+    (["--batch_size=-4"], ["--batch_size -4", "not negative"]),
     (["--input_val_bin=nothing*.bin"], ["nothing*.bin", "python fineweb.py"]),
     (["--sequence_length=9000", "--total_batch_size=9000"], ["val.bin", "too few"]),
     (["--learning_rate=fast"], ["--learning_rate", "fast"]),

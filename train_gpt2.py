@@ -66,6 +66,8 @@ class GPTConfig:
     def __post_init__(self):
         if self.n_kv_head == 0:  # d48's 25 heads have no half: the grouping nearest to 2 that divides 25 is 1
             self.n_kv_head = self.n_head // 2 if self.n_head % 2 == 0 else self.n_head
+        if min(self.n_layer, self.n_head, self.n_embd, self.block_size) < 1:
+            raise ValueError("--n_layer, --n_head, --n_embd and --sequence_length must be at least 1")
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
             raise ValueError(f"--n_embd {self.n_embd} over --n_head {self.n_head} must be an even whole number")
         if self.n_head % self.n_kv_head:
@@ -540,9 +542,10 @@ def parse_args(argv):
                     f"drop the flag, or drop --resume and give another --output_dir")
     elif not args.input_bin and (args.tokenizer or defaults["tokenizer"]) == "bytes":
         defaults["input_bin"], defaults["input_val_bin"] = stdlib_corpus()
-    for name, value in defaults.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+    for name, value in {**defaults, **{k: v for k, v in vars(args).items() if v is not None}}.items():
+        if isinstance(value, (int, float)) and value < 0:
+            die(f"--{name} {value}: give a number that is not negative")
+        setattr(args, name, value)
     return args, checkpoint
 
 # ---- 7. The run -----------------------------------------------------------------------------------------------------
