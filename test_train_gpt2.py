@@ -617,6 +617,16 @@ def test_resume_takes_flags_from_the_run(corpus):
     assert state["step"] == 8 and state["args"]["learning_rate"] == 0.004 and state["config"]["n_embd"] == 32
 
 
+def test_resuming_says_so_when_the_corpus_has_grown(corpus, capsys):
+    os.rename("train_2.bin", "later.bin")
+    main([*SMALL, *corpus, "--output_dir=log"])
+    main(["--resume", "--num_iterations=7", "--output_dir=log"])
+    assert "NOTE" not in capsys.readouterr().out
+    os.rename("later.bin", "train_2.bin")
+    main(["--resume", "--num_iterations=8", "--output_dir=log"])
+    assert re.search(r"NOTE: an epoch had 1,\d+ sequences and has 1,\d+ now", capsys.readouterr().out)
+
+
 def test_best_is_the_lowest_and_last_is_the_newest(corpus):
     """At a rate that is far too high the loss rises again: best.pt stays behind."""
     main([*SMALL, *corpus, "--num_iterations=12", "--optimizer=adamw", "--learning_rate=0.5", "--cooldown_frac=0", "--val_loss_every=2",

@@ -680,6 +680,9 @@ def train(args, checkpoint, argv):
         if best_pt.exists():  # may be younger than last.pt, if the run was killed between the two
             best = min(best, load_checkpoint(best_pt)["val_loss"])
         print0(f"resuming {args.output_dir} at step {start}")
+        if args.sequences != train_data.total:  # say, more of FineWeb has been downloaded since
+            print0(f"NOTE: an epoch had {args.sequences:,} sequences and has {train_data.total:,} now, in another order")
+    args.sequences = train_data.total
 
     def report(text, line):
         """To the console and, in llm.c's form, to main.log: the same digits in both."""
