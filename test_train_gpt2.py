@@ -258,7 +258,7 @@ def test_attention_stores_no_mask_and_copies_no_heads():
 
 def test_head_loss_is_cross_entropy(monkeypatch):
     """In slices that do not divide the batch, loss and every gradient equal those of the plain way."""
-    monkeypatch.setattr(HeadLoss, "ROWS", 13)
+    monkeypatch.setattr(train_gpt2, "HEAD_ROWS", 13)
     model, x, y = tiny_model(), torch.randint(0, 100, (3, 32)), torch.randint(0, 100, (3, 32))
     loss = 3 * model(x, y)
     loss.backward()
@@ -271,9 +271,28 @@ def test_head_loss_is_cross_entropy(monkeypatch):
         assert torch.allclose(p.grad, g, atol=1e-6)
 
 
+@pytest.mark.parametrize("arch", [dict(qk_norm=True), dict(n_kv_head=4, **GPT2)], ids=["variant", "GPT-2"])
+def test_the_model_compiles_to_one_graph(arch, monkeypatch):
+    """torch.compile must not fall back to Python half-way, in training or validation, and gets the same gradients."""
+    monkeypatch.setattr(train_gpt2, "HEAD_ROWS", 13)
+    torch._dynamo.reset()
+    model, x, y = tiny_model(**arch), torch.randint(0, 100, (3, 32)), torch.randint(0, 100, (3, 32))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    model(x, y).backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with torch.no_grad():
+        validation = compiled(x, y)
+    loss = compiled(x, y)
+    loss.backward()
+    assert torch.allclose(loss, validation, atol=1e-6)
+    for p, g in zip(model.parameters(), plain):
+        assert torch.allclose(p.grad, g, atol=1e-6)
+
+
 def test_head_loss_keeps_no_logits(monkeypatch):
     """For the backward pass it keeps the size of x and of weight, not (N, V)."""
-    monkeypatch.setattr(HeadLoss, "ROWS", 64)
+    monkeypatch.setattr(train_gpt2, "HEAD_ROWS", 64)
     x, weight, kept = torch.randn(512, 8, requires_grad=True), torch.randn(4096, 8, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         HeadLoss.apply(x, weight, torch.zeros(512, dtype=torch.long), 4096)
