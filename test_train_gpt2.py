@@ -5,6 +5,7 @@ No test needs a GPU, a download or the network. Those that compare with the tran
 installed. Runs are made in the test's own temporary folder, on a byte corpus of a few hundred kilobytes made there.
 """
 import argparse
+import builtins
 import math
 import os
 import re
@@ -455,6 +456,18 @@ def test_stdlib_corpus():
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
+def test_arch_and_switches_on_the_command_line():
+    """--arch gpt2 turns everything back, and a switch given beside it, or alone, changes that one thing."""
+    shape = lambda *argv: {k: getattr(train_gpt2.parse_args(["--model=d12", *argv])[0], k) for k in (*GPT2, "n_kv_head")}
+    gpt2, variant = {**GPT2, "n_kv_head": 12}, {k: DEFAULTS[k] for k in (*GPT2, "n_kv_head")}
+    assert shape() == variant and shape("--arch=gpt2") == gpt2
+    assert variant["norm"] == "rmsnorm" and not set(variant.items()) & {(k, v) for k, v in gpt2.items() if k != "qk_norm"}
+    for flag, name, value in (("--norm=layernorm", "norm", "layernorm"), ("--mlp=gelu", "mlp", "gelu"), ("--bias", "bias", True),
+                              ("--pos=learned", "pos", "learned"), ("--qk_norm", "qk_norm", True), ("--n_kv_head=3", "n_kv_head", 3)):
+        assert shape(flag) == {**variant, name: value}
+    assert shape("--arch=gpt2", "--pos=rope", "--no-bias") == {**gpt2, "pos": "rope", "bias": False}
+
+
 def test_schedule_corners():
     args = argparse.Namespace(learning_rate=1.2e-3, learning_rate_decay_frac=0.1, warmup_iters=715, num_iterations=19073,
                               schedule="cosine", cooldown_frac=0.7)
@@ -738,6 +751,31 @@ def test_a_full_disk_leaves_the_old_checkpoint(corpus, capsys):
     assert Path("log/last.pt").read_bytes() == before and not list(Path("log").glob("*.tmp"))
     main(["--resume", "--num_iterations=9", "--output_dir=log"])
     assert torch.load("log/last.pt", weights_only=True)["step"] == 9
+
+
+def test_a_log_that_cannot_be_written_is_no_reason_to_stop(corpus, capsys):
+    def full(path, *args, **kwargs):
+        if str(path).endswith("main.log"):
+            raise OSError(28, "No space left on device")
+        return real(path, *args, **kwargs)
+    real = builtins.open
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builtins, "open", full)
+        main([*SMALL, *corpus, "--output_dir=log"])
+    assert "WARNING: cannot write log/main.log" in capsys.readouterr().err
+    assert torch.load("log/last.pt", weights_only=True)["step"] == 6
+
+
+def test_a_folder_that_cannot_be_made(corpus, capsys):
+    Path("file").write_text("")
+    fails([*SMALL, *corpus, "--output_dir=file/log"], capsys, "file/log", "--output_dir")
+
+
+def test_a_torn_log_does_not_stop_resuming():
+    Path("log").mkdir()
+    Path("log/main.log").write_text("s:1 trl:5.0 lr:0.1 norm:1\ns:s:2 trl:4\ns:3 trl:3.0\ns:9 trl:1.0\ns:4 tr")
+    train_gpt2.open_output_dir(Path("log"), 5, False)
+    assert Path("log/main.log").read_text() == "s:1 trl:5.0 lr:0.1 norm:1\ns:3 trl:3.0\n"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(corpus, capsys, monkeypatch):

@@ -601,7 +601,7 @@ def evaluate(model, data, tokens, B, autocast, device):
 
 def open_output_dir(path, resume_step, set_aside):
     """Makes the folder of a run. One that holds a run is never written over: refuse, or (set_aside) rename it. On resuming,
-    cut from main.log what will be written again, the lines from resume_step on and one torn by a crash."""
+    cut from main.log what will be written again, the lines from resume_step on, and what a crash or a full disk tore."""
     log, tmp = path / "main.log", path / "main.log.tmp"
     if resume_step is None and any((path / name).exists() for name in ("main.log", "last.pt", "best.pt")):
         if not set_aside:
@@ -612,7 +612,8 @@ def open_output_dir(path, resume_step, set_aside):
     path.mkdir(parents=True, exist_ok=True)
     if resume_step is not None and log.exists():
         lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        tmp.write_text("".join(line for line in lines if int(line.split()[0][2:]) < resume_step))
+        steps = [line[2:].split(" ")[0] for line in lines]
+        tmp.write_text("".join(line for n, line in zip(steps, lines) if n.isdigit() and int(n) < resume_step))
         os.replace(tmp, log)
 
 def train(args, checkpoint, argv):
@@ -688,9 +689,11 @@ def train(args, checkpoint, argv):
     def report(text, line):
         """To the console and, in llm.c's form, to main.log: the same digits in both."""
         print0(text)
-        if RANK == 0:
-            with open(main_log, "a") as f:
+        try:
+            with open(main_log if RANK == 0 else os.devnull, "a") as f:
                 f.write(line + "\n")
+        except OSError as e:  # a full disk is no reason to lose the run
+            print(f"WARNING: cannot write {main_log}: {e}", file=sys.stderr)
 
     def save(path, step):
         """A checkpoint with step updates behind it. Random state is no part of it: there is no dropout, and the order of
@@ -786,13 +789,15 @@ def train(args, checkpoint, argv):
     return 0
 
 def main(argv):
-    args, checkpoint = parse_args(argv)
-    if args.sample:
-        model = GPT(GPTConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
-        return print_sample(model.to(pick_device(args.device)), load_tokenizer(checkpoint["tokenizer"]), args, args.seed)
     try:
+        args, checkpoint = parse_args(argv)
+        if args.sample:
+            model = GPT(GPTConfig(**checkpoint["config"]))
+            model.load_state_dict(checkpoint["model"])
+            return print_sample(model.to(pick_device(args.device)), load_tokenizer(checkpoint["tokenizer"]), args, args.seed)
         code = train(args, checkpoint, argv)
+    except OSError as e:  # no permission, no space, a disk that is gone
+        die(f"{e}: mend that, or see --output_dir, --input_bin and --input_val_bin; a run that had begun takes --resume")
     except torch.OutOfMemoryError:
         die("out of memory: give a smaller --batch_size (the total stays as it is), --sequence_length or --model")
     except RuntimeError as e:
