@@ -1,20 +1,27 @@
 """
-Tests of train_gpt2.py. Run them with: python -m pytest -q
+Tests of train_gpt2.py and fineweb.py. Run them with: python -m pytest -q
 
-No test needs a GPU, a download or the network. Those that compare with the transformers library skip where it is not
-installed. Runs are made in the test's own temporary folder, on a byte corpus of a few hundred kilobytes made there.
+No test needs a GPU, a download or the network. What needs a package or data that a user may not have skips and says so. Runs
+are made in the test's own temporary folder, on a byte corpus of a few hundred kilobytes made there.
 """
 import argparse
 import builtins
+import collections
+import gzip
+import hashlib
+import http.server
+import json
 import math
 import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,6 +30,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fineweb
 import train_gpt2
 from train_gpt2 import DEFAULTS, GPT, GPT2, MODELS, GPTConfig, HeadLoss, TokenLoader, get_lr, main, write_shard
 
@@ -788,7 +796,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(corpus, capsys, monkeypatch):
     assert all(w.isfinite().all() for w in weights("log/last.pt").values())
 
 
-def fails(argv, capsys, *messages):
+def fails(argv, capsys, *messages, main=main):
     """main(argv) ends in one line on stderr that contains the messages, with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as e:
@@ -875,3 +883,285 @@ def test_a_checkpoint_cannot_run_code(capsys):
 def test_errors_leave_no_traceback(corpus):
     done = run("--model=d13", check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fineweb.py: downloads, from a server that behaves as the hub does, or misbehaves as it is told
+
+class Hub(http.server.ThreadingHTTPServer):
+    """files: {dataset/path: bytes}. An address on it redirects to another host, as the hub's do, and names size and sha256 on
+    the way. faults: {a word in the address: [a fault for each of the next requests]}."""
+    daemon_threads = True
+
+    def __init__(self, files):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.faults, self.token, self.page, self.speed = files, collections.defaultdict(list), None, 1000, None
+        self.log = []  # (path, Range or None)
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def handle_error(self, *args):
+        pass  # a client that hangs up is part of the test
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, code, body=b"", length=None, **headers):
+        self.send_response(code)
+        for name, value in {"Content-Length": len(body) if length is None else length, **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        step = self.server.speed or len(body) or 1
+        for i in range(0, len(body), step):
+            self.wfile.write(body[i:i + step])
+            if self.server.speed:
+                time.sleep(0.005)
+
+    def do_GET(self):
+        hub, path, asked = self.server, self.path, self.headers.get("Range")
+        hub.log.append((path, asked))
+        fault = next((f.pop(0) for word, f in hub.faults.items() if f and word in path), None)
+        if isinstance(fault, int):
+            return self.answer(fault, b"not now", **({"Retry_After": 1} if fault == 429 else {}))
+        if fault == "html":
+            return self.answer(200, b"<html>sign in</html>", Content_Type="text/html; charset=utf-8")
+        if path.startswith("/blob/"):  # the content host
+            assert "Authorization" not in self.headers  # a token is the hub's business alone
+            body = hub.files[path[6:]]
+            if fault == "flip":
+                body = body[:9] + bytes([body[9] ^ 1]) + body[10:]
+            start, code, headers = 0, 200, {}
+            if asked and fault != "no range":
+                start, code = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]), 206
+                headers = dict(Content_Range=f"bytes {start}-{len(body) - 1}/{len(body)}")
+            body = body[start:]
+            if fault == "short":  # says that half is all
+                return self.answer(code, body[:len(body) // 2], **headers)
+            if fault == "long":
+                return self.answer(code, body + b"more", **headers)
+            if fault in ("cut", "stall"):
+                self.answer(code, body[:len(body) // 2], len(body), **headers)
+                self.wfile.flush()
+                time.sleep(2 if fault == "stall" else 0)
+                self.close_connection = True
+                return
+            return self.answer(code, body, **headers)
+        if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
+            return self.answer(401, b"who are you?")
+        if match := re.fullmatch(r"/api/datasets/(\w+/[\w-]+)/tree/main/([\w/]+)(?:\?page=(\d+))?", path):
+            repo, folder, page = match[1], match[2], int(match[3] or 0)
+            names = [name[len(repo) + 1:] for name in hub.files if name.startswith(f"{repo}/{folder}/")]
+            entries = [{"type": "directory", "path": folder + "/more"}] + [{"type": "file", "path": name} for name in reversed(names)]
+            following = f'<{path.split("?")[0]}?page={page + 1}>; rel="next"' if entries[(page + 1) * hub.page:] else ""
+            entries = entries[page * hub.page:(page + 1) * hub.page]
+            return self.answer(200, json.dumps(entries).encode(), Content_Type="application/json", **({"Link": following} if following else {}))
+        match = re.fullmatch(r"/datasets/(\w+/[\w-]+)/resolve/main/([\w/.]+)", path)
+        if not match or f"{match[1]}/{match[2]}" not in hub.files:
+            return self.answer(404, b"Entry not found")
+        name = f"{match[1]}/{match[2]}"
+        self.answer(302, b"Found", Location=f"http://localhost:{hub.server_port}/blob/{name}", X_Linked_Size=len(hub.files[name]),
+                    X_Linked_Etag=f'"{hashlib.sha256(hub.files[name]).hexdigest()}"')
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Two training shards and the validation shard of kjj0/fineweb10B-gpt2, about 20 kB each; no waiting."""
+    rng, files = np.random.default_rng(0), {}
+    for name in ("val_000000", "train_000001", "train_000002"):
+        write_shard("made.bin", rng.integers(0, 50257, 10000))
+        files[f"kjj0/fineweb10B-gpt2/fineweb_{name}.bin"] = Path("made.bin").read_bytes()
+    Path("made.bin").unlink()
+    server = Hub(files)
+    for name, value in (("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/"), ("NO_PROXY", "*"), ("HOME", os.getcwd())):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for name, value in (("WAIT", 0.01), ("TIMEOUT", (5, 0.5)), ("PIECE", 4096)):
+        monkeypatch.setattr(fineweb, name, value)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def downloaded(hub, folder="fineweb10B"):
+    """The folder holds the hub's shards, byte for byte, and nothing half done."""
+    there = {p.name: p.read_bytes() for p in Path(folder).glob("fineweb_*")}
+    return there == {name.split("/")[-1]: body for name, body in hub.files.items()}
+
+
+def test_downloaded_shards_are_what_train_gpt2_looks_for(hub, capsys):
+    assert fineweb.main(["--shards=2"]) == 0 and downloaded(hub)
+    loader = TokenLoader(DEFAULTS["input_bin"], 99, 50257)
+    assert len(loader.paths) == 2 and loader.total == 2 * (9999 // 99)
+    assert TokenLoader(DEFAULTS["input_val_bin"], 99, 50257).total == 9999 // 99
+    assert "python train_gpt2.py --model d24\n" in capsys.readouterr().out
+    # once more: all is checked against what the hub names, nothing is fetched
+    hub.log.clear()
+    assert fineweb.main(["--shards=2"]) == 0 and downloaded(hub) and not [p for p, _ in hub.log if "/blob/" in p]
+
+
+def test_shards_flag_takes_the_first_ones(hub):
+    assert fineweb.main(["--shards=1", "--out=here"]) == 0
+    assert sorted(p.name for p in Path("here").glob("*.bin")) == ["fineweb_train_000001.bin", "fineweb_val_000000.bin"]
+
+
+@pytest.mark.parametrize("fault", ["cut", "stall", "short", "long", "flip", "html", 429, 500, 503, 408])
+@pytest.mark.parametrize("where", ["/blob/", "/datasets/"])
+def test_faults_that_pass(hub, fault, where, capsys):
+    """Each comes three times over all files; afterwards every byte is right."""
+    if where == "/datasets/" and isinstance(fault, str) and fault != "html":
+        pytest.skip("a fault of bodies, and the hub's own answers have none")
+    hub.faults[where] = [fault] * 3
+    assert fineweb.main(["--shards=2"]) == 0 and downloaded(hub) and not hub.faults[where]
+
+
+def test_a_cut_download_is_resumed_at_the_byte(hub, capsys):
+    hub.faults["blob/kjj0/fineweb10B-gpt2/fineweb_val"] = ["cut"]
+    assert fineweb.main(["--shards=1"]) == 0
+    ranges = [asked for path, asked in hub.log if "blob" in path and "val" in path]
+    assert ranges == [None, "bytes=10512-"]  # half of 1024 + 20000
+
+
+def test_a_server_without_ranges(hub, capsys):
+    hub.faults["blob/kjj0/fineweb10B-gpt2/fineweb_val"] = ["cut", "no range"]
+    assert fineweb.main(["--shards=2"]) == 0 and downloaded(hub)
+
+
+def test_retry_after_is_respected(hub, monkeypatch):
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    hub.faults["/datasets/"] = [429]
+    assert fineweb.main(["--shards=1"]) == 0 and 1 in slept
+
+
+def test_damaged_files_are_fetched_again(hub, capsys):
+    fineweb.main(["--shards=2"])
+    first, second = (Path(f"fineweb10B/fineweb_train_00000{i}.bin") for i in (1, 2))
+    first.write_bytes(first.read_bytes()[:-1] + b"!")
+    second.write_bytes(second.read_bytes()[:-100])
+    assert fineweb.main(["--shards=2"]) == 0
+    assert "has not the sha256 that the hub names" in capsys.readouterr().out
+    for path in (first, second):  # kept, in case it was somebody's own
+        Path(f"{path}.old").unlink()
+    assert downloaded(hub)
+
+
+def test_a_half_file_of_an_earlier_run_is_completed(hub):
+    Path("fineweb10B").mkdir()
+    whole = hub.files["kjj0/fineweb10B-gpt2/fineweb_val_000000.bin"]
+    Path("fineweb10B/fineweb_val_000000.bin.part").write_bytes(whole[:5000])
+    assert fineweb.main(["--shards=2"]) == 0 and downloaded(hub)
+    assert ("/blob/kjj0/fineweb10B-gpt2/fineweb_val_000000.bin", "bytes=5000-") in hub.log
+
+
+def test_a_wrong_half_file_does_no_harm(hub, capsys):
+    Path("fineweb10B").mkdir()
+    for name, size in (("val_000000", 5000), ("train_000001", 21024), ("train_000002", 99999)):
+        Path(f"fineweb10B/fineweb_{name}.bin.part").write_bytes(bytes(size))
+    assert fineweb.main(["--shards=2"]) == 0 and downloaded(hub)
+
+
+def test_a_shard_that_is_none_is_refused_though_the_hub_vouches_for_it(hub, capsys):
+    hub.files["kjj0/fineweb10B-gpt2/fineweb_train_000001.bin"] = b"x" * 30000
+    fails(["--shards=1"], capsys, "fineweb_train_000001.bin", "no shard's header", main=quiet_fineweb)
+    assert not Path("fineweb10B/fineweb_train_000001.bin").exists()
+
+
+def quiet_fineweb(argv):
+    """Its notes on what it tries again belong to stdout; what stays on stderr is the error."""
+    return fineweb.main(argv)
+
+
+def test_several_files_at_a_time(hub, monkeypatch):
+    together, most, real = [0], [0], fineweb.fetch
+    def fetch(download):
+        together[0] += 1
+        most[0] = max(most[0], together[0])
+        time.sleep(0.1)
+        try:
+            return real(download)
+        finally:
+            together[0] -= 1
+    monkeypatch.setattr(fineweb, "fetch", fetch)
+    assert fineweb.main(["--shards=2"]) == 0 and most[0] == 3
+
+
+def test_a_token_goes_to_the_hub_only(hub, monkeypatch, capsys):
+    hub.token = "hf_secret"
+    fails(["--shards=1"], capsys, "401", hub.files and "/datasets/kjj0/", "HF_TOKEN", main=fineweb.main)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert fineweb.main(["--shards=1"]) == 0  # and the content host asserts that it sees none
+
+
+def test_errors_that_will_not_pass(hub, capsys, monkeypatch):
+    fails(["--shards=3"], capsys, "404", "fineweb_train_000003.bin", "HF_ENDPOINT", main=fineweb.main)
+    fails(["-t=edu", "-v=100B"], capsys, "--tokenize", main=fineweb.main)
+    hub.faults["/datasets/"] = ["html"] * 1000
+    fails(["--shards=1"], capsys, "web page", "fineweb_", main=fineweb.main)
+    hub.faults["/datasets/"] = [503] * 1000
+    fails(["--shards=1"], capsys, "503", "HF_ENDPOINT", main=fineweb.main)
+    hub.faults["/datasets/"] = []
+    hub.faults["/blob/"] = ["flip"] * 1000
+    fails(["--shards=1"], capsys, "sha256", "times in a row", main=fineweb.main)
+    hub.faults["/blob/"] = []
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+    fails(["--shards=1"], capsys, "refused", f"127.0.0.1:{port}", "HF_ENDPOINT", main=fineweb.main)
+    monkeypatch.setenv("HF_ENDPOINT", "not an address")
+    fails(["--shards=1"], capsys, "not an address", "HF_ENDPOINT", main=fineweb.main)
+
+
+def test_disk_space_is_checked_first(hub, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: collections.namedtuple("usage", "free")(10_000_000))
+    for name in hub.files:
+        hub.files[name] += bytes(20_000_000)
+    fails(["--shards=2"], capsys, "fineweb10B", "0.05 GB of disk space are missing", "--shards", main=fineweb.main)
+    assert not [p for p, _ in hub.log if "/blob/" in p]
+
+
+def test_a_disk_that_fills_up_all_the_same(hub, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10000, hard))
+    try:
+        fails(["--shards=1"], capsys, "goes on from here", main=fineweb.main)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, old)
+    assert fineweb.main(["--shards=2"]) == 0 and downloaded(hub)
+
+
+def start_fineweb(*args, code="pass"):
+    """fineweb.py in a process of its own, after some code has changed its constants."""
+    code = f"import os, sys; sys.path.insert(0, {str(Path(SCRIPT).parent)!r}); import fineweb; fineweb.PIECE = 2000; {code}; os._exit(fineweb.main(sys.argv[1:]))"
+    return subprocess.Popen([sys.executable, "-c", code, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_downloads_survive_kill_at_any_moment(hub):
+    hub.speed, rng = 300, np.random.default_rng(0)
+    wholes = {name.split("/")[-1]: body for name, body in hub.files.items()}
+    for i in range(6):
+        process = start_fineweb("--shards=2")
+        before = len(hub.log)
+        wait_for(lambda: [p for p, _ in hub.log[before:] if "/blob/" in p] or process.poll() is not None, [])
+        time.sleep(rng.uniform(0, 0.25))
+        process.kill()
+        process.communicate()
+        for path in Path("fineweb10B").glob("*.bin"):
+            assert path.read_bytes() == wholes[path.name]
+    hub.speed = None
+    assert any(asked for _, asked in hub.log)  # something was resumed
+    assert fineweb.main(["--shards=2"]) == 0 and downloaded(hub)
+
+
+def test_ctrl_c_says_how_to_go_on(hub):
+    hub.speed = 50
+    process = start_fineweb("--shards=2")
+    wait_for(lambda: any("/blob/" in p for p, _ in hub.log), [process])
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and "the same command goes on from here" in out and not err
