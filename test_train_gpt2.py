@@ -1126,6 +1126,25 @@ def test_errors_that_will_not_pass(hub, capsys, monkeypatch):
     fails(["--shards=1"], capsys, "not an address", "HF_ENDPOINT", main=fineweb.main)
 
 
+def test_a_renamed_dataset_is_followed(hub, monkeypatch):
+    """The hub redirects an old name to the new one, on itself; a circle of redirects is an error, not a hang."""
+    name = "kjj0/fineweb10B-gpt2/fineweb_val_000000.bin"
+    real = Handler.do_GET
+    def do_GET(self):
+        if "/old/" in self.path:
+            return self.answer(307, b"", Location=self.path.replace("/old/", "/kjj0/"))
+        if "/circle/" in self.path:
+            return self.answer(307, b"", Location=self.path)
+        real(self)
+    monkeypatch.setattr(Handler, "do_GET", do_GET)
+    download = fineweb.Download(f"{fineweb.hub()}/datasets/old/fineweb10B-gpt2/resolve/main/fineweb_val_000000.bin", Path("a.bin"))
+    fineweb.prepare([download])
+    assert list(fineweb.fetched([download])) == [Path("a.bin")] and Path("a.bin").read_bytes() == hub.files[name]
+    assert download.sha256 == hashlib.sha256(hub.files[name]).hexdigest()
+    with pytest.raises(fineweb.requests.ConnectionError):
+        fineweb.probe(fineweb.Download(f"{fineweb.hub()}/circle/x", Path("b.bin")))
+
+
 def test_disk_space_is_checked_first(hub, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: collections.namedtuple("usage", "free")(10_000_000))
     for name in hub.files:
