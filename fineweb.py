@@ -14,6 +14,7 @@ part of it that a classifier finds worth teaching. Interrupt any of this at any 
 """
 import argparse
 import collections
+import contextlib
 import gzip
 import hashlib
 import io
@@ -345,6 +346,20 @@ def fetched(downloads, ahead=2 * CONNECTIONS):
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
+@contextlib.contextmanager
+def plain_errors():
+    """What the network or the disk refuses for good ends the program in one line."""
+    try:
+        yield
+    except requests.RequestException as e:
+        reason = getattr(e.args[0], "reason", e) if e.args else e  # of what urllib3 and requests wrapped
+        hint = "check the line, and HF_ENDPOINT if you set it; --help shows other ways"
+        if e.response is not None and e.response.status_code in (401, 403):
+            hint = "set HF_TOKEN to a token that may read it"
+        die(f"{reason} ({e.request.url if e.request else hub()}): {hint}")
+    except OSError as e:
+        die(f"{e}: mend that or wait, then the same command goes on from here")
+
 def check_space(folder, need):
     """Makes the folder, and sure that its disk has room for need bytes more."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -451,18 +466,11 @@ def main(argv):
     parser.error = die
     args = parser.parse_args(argv)
     try:
-        folder, prefix = make_shards(args)
+        with plain_errors():
+            folder, prefix = make_shards(args)
     except KeyboardInterrupt:
         say("stopped: the same command goes on from here")
         return 130
-    except requests.RequestException as e:
-        reason = getattr(e.args[0], "reason", e) if e.args else e  # of what urllib3 and requests wrapped
-        hint = "check the line, and HF_ENDPOINT if you set it; --help shows other ways to shards"
-        if e.response is not None and e.response.status_code in (401, 403):
-            hint = "set HF_TOKEN to a token that may read it"
-        die(f"{reason} ({e.request.url if e.request else hub()}): {hint}")
-    except OSError as e:
-        die(f"{e}: mend that or wait, then the same command goes on from here")
     flags = "" if folder == Path("fineweb10B") else "".join(
         f" --input_{'val_' * (split == 'val')}bin '{folder}/{prefix}_{split}_*.bin'" for split in ("train", "val"))
     say(f"{folder} has {len(list(folder.glob('*_train_*.bin')))} training shards. Next:\n    python train_gpt2.py --model d24{flags}")

@@ -92,7 +92,7 @@ def apply_rope(x, cos, sin):
 
     Rotating q at position i and k at position j leaves q·k a function of i - j alone: attention sees distances, and no
     position needs a vector of its own. Pairs are (x[i], x[i + D/2]), the half-split layout of Llama and Qwen3."""
-    cos, sin = cos[:x.size(1), None], sin[:x.size(1), None]  # (T, 1, D/2): along time, the same for every head
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (T, 1, D/2): along time, the same for every head
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)  # the tables are fp32, x may be bf16
 
@@ -108,7 +108,7 @@ class CausalSelfAttention(nn.Module):
         if config.qk_norm:  # as Qwen3: bounds q·k, so that no head's softmax saturates at a high learning rate
             self.q_norm, self.k_norm = nn.RMSNorm(self.D, eps=1e-6), nn.RMSNorm(self.D, eps=1e-6)
 
-    def forward(self, x, rope):
+    def forward(self, x, rope, mask):
         B, T, C = x.shape
         # one matrix product makes all three; each is (B, T, heads, D)
         q, k, v = self.c_attn(x).view(B, T, -1, self.D).split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
@@ -124,7 +124,7 @@ class CausalSelfAttention(nn.Module):
         on_cpu = x.device.type == "cpu"
         with torch.autocast("cpu", enabled=False) if on_cpu else contextlib.nullcontext():
             q, k, v = ((h.float() if on_cpu else h).transpose(1, 2) for h in (q, k, v))  # (B, heads, T, D)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_kv_head != self.n_head)
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.n_kv_head != self.n_head)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # the heads side by side again
 
 class MLP(nn.Module):
@@ -154,8 +154,8 @@ class Block(nn.Module):
         self.ln_1, self.attn = make_norm(config), CausalSelfAttention(config)
         self.ln_2, self.mlp = make_norm(config), MLP(config)
 
-    def forward(self, x, rope):
-        x = x + self.attn(self.ln_1(x), rope)
+    def forward(self, x, rope, mask):
+        x = x + self.attn(self.ln_1(x), rope, mask)
         return x + self.mlp(self.ln_2(x))
 
 HEAD_ROWS = 4096  # a slice of HeadLoss: 0.8 GB of fp32 logits at V = 50304, and still enough rows to fill a GPU
@@ -215,16 +215,22 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
+    def features(self, idx, pos=None, mask=None):
+        """Token ids (B, T), T <= block_size -> what the head reads, (B, T, C). hellaswag.py alone gives pos (B, T), the time
+        of each token, and mask (B, 1, T, T), who sees whom: it puts texts with a common beginning side by side."""
+        x = self.transformer.wte(idx)  # (B, T, C)
+        pos = slice(idx.size(1)) if pos is None else pos
+        if self.config.pos == "learned":
+            x = x + self.transformer.wpe.weight[pos]  # (T, C), the same for every sequence
+        rope = (self.cos[pos], self.sin[pos]) if self.config.pos == "rope" else None
+        for block in self.transformer.h:
+            x = block(x, rope, mask)
+        return self.transformer.ln_f(x)
+
     def forward(self, idx, targets=None):
         """Token ids (B, T), T <= block_size -> fp32 logits (B, T, padded vocabulary), -inf for the padding; with targets
         (B, T) -> their mean loss, nats a token."""
-        x = self.transformer.wte(idx)  # (B, T, C)
-        if self.config.pos == "learned":
-            x = x + self.transformer.wpe.weight[:idx.size(1)]  # (T, C), the same for every sequence
-        rope = (self.cos, self.sin) if self.config.pos == "rope" else None
-        for block in self.transformer.h:
-            x = block(x, rope)
-        x = self.transformer.ln_f(x)
+        x = self.features(idx)
         if targets is not None:
             return HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.vocab_size)
         logits = self.lm_head(x).float()
@@ -395,7 +401,11 @@ def save_checkpoint(path, state):
         return False
 
 def load_checkpoint(path):
-    """The dictionary that save() in train() made, tensors on the CPU. weights_only: data is loaded, never code."""
+    """The dictionary that save() in train() made, tensors on the CPU. weights_only: data is loaded, never code. The name of
+    an OpenAI model, gpt2 say, stands for a checkpoint too."""
+    if str(path) in MODELS and str(path).startswith("gpt2"):
+        import hellaswag
+        return hellaswag.openai_checkpoint(str(path))
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["config"], state["model"], state["tokenizer"], state["args"]  # or a KeyError
@@ -456,7 +466,7 @@ DEFAULTS = dict(
     tokenizer="gpt2", input_bin="fineweb10B/fineweb_train_*.bin", input_val_bin="fineweb10B/fineweb_val_*.bin",
     sequence_length=1024, total_batch_size=524288, num_iterations=19073, optimizer="adamw", schedule="cosine",
     warmup_iters=715, learning_rate_decay_frac=0.1, cooldown_frac=0.7, weight_decay=0.1, grad_clip=1.0, zero_stage=0,
-    val_loss_every=250, val_tokens=10485760, sample_every=250, save_every=250, log_every=1, seed=1337,
+    val_loss_every=250, val_tokens=10485760, hellaswag_every=0, sample_every=250, save_every=250, log_every=1, seed=1337,
     prompt="Hello, I'm a language model,", max_new_tokens=200, temperature=0.8, top_k=50)
 # The peak rates are twice those of GPT-3's table 2.1 (6e-4, 3e-4, 2.5e-4, 2e-4), as the homework's 1.2e-3 is for d12.
 MODELS = {
@@ -470,7 +480,11 @@ MODELS = {
     "d12": dict(output_dir="log124M", n_layer=12, n_head=12, n_embd=768, learning_rate=1.2e-3),
     "d24": dict(output_dir="log350M", n_layer=24, n_head=16, n_embd=1024, learning_rate=6e-4),
     "d36": dict(output_dir="log774M", n_layer=36, n_head=20, n_embd=1280, learning_rate=5e-4),
-    "d48": dict(output_dir="log1558M", n_layer=48, n_head=25, n_embd=1600, learning_rate=4e-4)}
+    "d48": dict(output_dir="log1558M", n_layer=48, n_head=25, n_embd=1600, learning_rate=4e-4),
+    # OpenAI's weights, to sample from or to go on training, for which nanoGPT takes a small constant rate (its finetune recipe)
+    **{name: dict(output_dir=f"log_{name}", arch="gpt2", n_layer=n_layer, n_head=n_head, n_embd=n_embd, learning_rate=3e-5,
+                  learning_rate_decay_frac=1.0, warmup_iters=0) for name, n_layer, n_head, n_embd in (
+        ("gpt2", 12, 12, 768), ("gpt2-medium", 24, 16, 1024), ("gpt2-large", 36, 20, 1280), ("gpt2-xl", 48, 25, 1600))}}
 GPT2 = dict(norm="layernorm", mlp="gelu", pos="learned", bias=True, qk_norm=False)  # --arch gpt2, and n_kv_head = n_head
 
 FLAGS = {  # --help's heading: (flag, type or choices, meaning and unit), ...
@@ -479,7 +493,7 @@ FLAGS = {  # --help's heading: (flag, type or choices, meaning and unit), ...
         ("tokenizer", list(VOCAB_SIZE), "what ids mean; bytes without --input_bin: Python's standard library"),
         ("output_dir", str, "folder for main.log, last.pt and best.pt")],
     "the model": [
-        ("model", list(MODELS), "size: 0.8M, 124M, 350M, 774M, 1558M parameters"), ("n_layer", int, "blocks"),
+        ("model", list(MODELS), "0.8M, 124M, 350M, 774M, 1558M; gpt2...: OpenAI's weights"), ("n_layer", int, "blocks"),
         ("n_head", int, "query heads"), ("n_kv_head", int, "key/value heads; 0: half of n_head"), ("n_embd", int, "width"),
         ("arch", ["variant", "gpt2"], "gpt2 turns every switch below back; one given beside it wins"),
         ("norm", ["rmsnorm", "layernorm"], "normalisation"), ("mlp", ["swiglu", "gelu"], "the MLP's nonlinearity"),
@@ -500,7 +514,7 @@ FLAGS = {  # --help's heading: (flag, type or choices, meaning and unit), ...
         ("zero_stage", [0, 1], "1: processes share AdamW's state instead of each keeping all of it")],
     "what to see and keep, in steps (0: never)": [
         ("val_loss_every", int, "a validation"), ("val_tokens", int, "how many tokens it takes, at most all"),
-        ("sample_every", int, "a sample"), ("save_every", int, "last.pt"), ("log_every", int, "a line"),
+        ("hellaswag_every", int, "a score, as hellaswag.py's acc_norm"), ("sample_every", int, "a sample"), ("save_every", int, "last.pt"), ("log_every", int, "a line"),
         ("resume", bool, "go on, exactly, from last.pt in the output folder")],
     "the machine": [
         ("device", ["cuda", "mps", "cpu"], "not given: the first that is there"), ("seed", int, "of weights, data, samples"),
@@ -513,7 +527,7 @@ FLAGS = {  # --help's heading: (flag, type or choices, meaning and unit), ...
 # What makes the model and the order of the data cannot change when a run resumes; what belongs to a launch is not kept.
 FIXED = ["model", "arch", *GPT2, "n_layer", "n_head", "n_kv_head", "n_embd", "tokenizer", "sequence_length",
          "total_batch_size", "optimizer", "seed"]
-LAUNCH = ["output_dir", "batch_size", "resume", "zero_stage", "device", "compile", "sample"]
+LAUNCH = ["output_dir", "batch_size", "resume", "zero_stage", "device", "compile", "sample", "export"]
 
 def parse_args(argv):
     """(args, checkpoint or None). A flag is as given, else as in the checkpoint that --resume or --sample names, else as in
@@ -529,10 +543,11 @@ def parse_args(argv):
             group.add_argument(f"--{name}", help=text, **(
                 dict(action=argparse.BooleanOptionalAction) if kind is bool else  # a --no- form too
                 dict(type=type(kind[0]), choices=kind) if isinstance(kind, list) else dict(type=kind, metavar=kind.__name__)))
+    parser.add_argument("--export", nargs=2, metavar=("CHECKPOINT", "FOLDER"), help="write one as a folder for transformers & co.")
     args, checkpoint = parser.parse_args(argv), None
     defaults = {**DEFAULTS, **MODELS[args.model or "tiny"]}
     args.output_dir = Path(args.output_dir or defaults["output_dir"])
-    if args.arch == "gpt2":
+    if (args.arch or defaults["arch"]) == "gpt2":
         defaults.update(GPT2, n_kv_head=args.n_head or defaults["n_head"])
     if args.sample or args.resume:
         checkpoint = load_checkpoint(args.sample or args.output_dir / "last.pt")
@@ -559,6 +574,10 @@ def pick_device(name):
     if name and name not in there:
         die(f"--device {name}: torch sees none here, leave the flag out or install a torch that is built for it")
     name = name or there[0]
+    if name == "cpu" and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        # glibc gives freed tensors back to the system, and to get them anew, 4 kB at a time, took a third of each step of
+        # d12 (4 x 256 tokens, bf16, 2 cores: 1.8 s instead of 1.2 s). So: M_MMAP_MAX 0, M_TRIM_THRESHOLD never.
+        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 def native_bf16(device):
@@ -577,6 +596,15 @@ def all_sum(values, device):
         dist.all_reduce(values)
         values = values.tolist()
     return values
+
+@contextlib.contextmanager
+def rank0_first():
+    """What stands in here is done by process 0, which may have to download, before the others do it."""
+    if RANK > 0:
+        dist.barrier()
+    yield
+    if RANK == 0 and WORLD > 1:
+        dist.barrier()
 
 def pick_batch_size(config, params, device, sequences):
     """The largest micro-batch that fits the device and divides sequences, what one process has to see in a step."""
@@ -624,10 +652,6 @@ def train(args, checkpoint, argv):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # what stays fp32 may multiply in TF32
-    elif sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        # glibc gives freed tensors back to the system, and to get them anew, 4 kB at a time, took a third of each step of
-        # d12 (4 x 256 tokens, bf16, 2 cores: 1.8 s instead of 1.2 s). So: M_MMAP_MAX 0, M_TRIM_THRESHOLD never.
-        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")  # between GPUs, or between CPUs
     args.dtype = args.dtype or ("bfloat16" if native_bf16(device) else "float32")
@@ -643,6 +667,15 @@ def train(args, checkpoint, argv):
     torch.manual_seed(args.seed)
     with device:  # made where it will live: on a CPU first, d48's 1.6 billion random numbers would take long
         model = GPT(config)
+    if args.model.startswith("gpt2") and not checkpoint:
+        with rank0_first():
+            weights = load_checkpoint(args.model)["model"]
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError:
+            die(f"--model {args.model}: OpenAI's weights fit --arch gpt2 alone, with its sizes and 1024 tokens: drop the flags "
+                f"that change the model, or take --model d12")
     (params, blocks), flops = model.num_params(), model.flops_per_token(T)
     print0(f"model {args.model}: {config.n_layer} layers, {config.n_head} heads ({config.n_kv_head} key/value), "
            f"{config.n_embd} wide | {params:,} parameters, {blocks:,} without embeddings | {flops / 1e6:,.1f} MFLOP a token")
@@ -719,7 +752,11 @@ def train(args, checkpoint, argv):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
 
-    tokenizer = load_tokenizer(args.tokenizer) if args.sample_every and RANK == 0 else None
+    tokenizer = load_tokenizer(args.tokenizer) if args.sample_every or args.hellaswag_every else None
+    if args.hellaswag_every:  # every process takes every WORLDth question
+        import hellaswag
+        with rank0_first():
+            quiz = [hellaswag.encode_question(q, tokenizer[0], T) for q in hellaswag.load_questions()[RANK::WORLD]]
     x, y = micro_batch(start * accumulate)
     peak = next((1e12 * PEAK[name] for name in PEAK if name in card), None)
     recent, first = [], None  # seconds of the steps since the last line; when the first step, which compiles, was done
@@ -734,6 +771,10 @@ def train(args, checkpoint, argv):
             if val_loss < best and step > 0:
                 best = val_loss
                 save(best_pt, step)
+        if due(args.hellaswag_every):
+            share = hellaswag.accuracy(hellaswag.answer(model, quiz, autocast), quiz)[1]
+            right, asked = all_sum([share * len(quiz), len(quiz)], device)
+            report(f"step {step:5d}/{args.num_iterations} | HellaSwag {right / asked:.6f}", f"s:{step} eval:{right / asked:.6f}")
         if due(args.sample_every) and RANK == 0:
             print(f"--- a sample after {step} steps")
             print_sample(model, tokenizer, args, args.seed + step)
@@ -791,6 +832,9 @@ def train(args, checkpoint, argv):
 def main(argv):
     try:
         args, checkpoint = parse_args(argv)
+        if args.export:
+            import hellaswag
+            return hellaswag.export(*args.export)
         if args.sample:
             model = GPT(GPTConfig(**checkpoint["config"]))
             model.load_state_dict(checkpoint["model"])
