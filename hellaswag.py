@@ -167,7 +167,7 @@ def openai_checkpoint(name):
         header = json.loads(np.fromfile(path, np.uint8, length, offset=8).tobytes())
         for key, entry in header.items():
             key = "transformer." + key.removeprefix("transformer.")
-            if entry.get("dtype") == "F32" and not key.endswith(("attn.bias", "attn.masked_bias", "lm_head.weight")):  # no masks
+            if entry.get("dtype") == "F32" and not key.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):  # no masks
                 start, end = entry["data_offsets"]
                 w = torch.from_numpy(np.fromfile(path, "<f4", (end - start) // 4, offset=8 + length + start)).view(entry["shape"])
                 # GPT-2's code had a layer of its own, Conv1D, which stores the transpose of what nn.Linear does
@@ -177,7 +177,7 @@ def openai_checkpoint(name):
         state["transformer.wte.weight"] = state["lm_head.weight"] = torch.cat((wte, padding))
         config = dict(GPT2, n_layer=args["n_layer"], n_head=args["n_head"], n_kv_head=args["n_head"], n_embd=args["n_embd"],
                       block_size=len(state["transformer.wpe.weight"]), vocab_size=len(wte))
-    except (ValueError, KeyError, IndexError, RuntimeError) as e:
+    except (ValueError, KeyError, IndexError, RuntimeError, MemoryError) as e:
         die(f"{path} is no safetensors file of GPT-2 ({e}): remove it, then it is fetched again")
     return dict(config=config, model=state, tokenizer="gpt2", args=args)
 

@@ -1,5 +1,5 @@
 """
-Tests of train_gpt2.py and fineweb.py. Run them with: python -m pytest -q
+Tests of train_gpt2.py, fineweb.py and hellaswag.py. Run them with: python -m pytest -q
 
 No test needs a GPU, a download or the network. What needs a package or data that a user may not have skips and says so. Runs
 are made in the test's own temporary folder, on a byte corpus of a few hundred kilobytes made there.
@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 
 import fineweb
+import hellaswag
 import train_gpt2
 from train_gpt2 import DEFAULTS, GPT, GPT2, MODELS, GPTConfig, HeadLoss, TokenLoader, get_lr, main, write_shard
 
@@ -958,7 +959,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             following = f'<{path.split("?")[0]}?page={page + 1}>; rel="next"' if entries[(page + 1) * hub.page:] else ""
             entries = entries[page * hub.page:(page + 1) * hub.page]
             return self.answer(200, json.dumps(entries).encode(), Content_Type="application/json", **({"Link": following} if following else {}))
-        match = re.fullmatch(r"/datasets/(\w+/[\w-]+)/resolve/main/([\w/.]+)", path)
+        match = re.fullmatch(r"(?:/datasets)?/([\w-]+/[\w-]+)/resolve/main/([\w/.]+)", path)
         if not match or f"{match[1]}/{match[2]}" not in hub.files:
             return self.answer(404, b"Entry not found")
         name = f"{match[1]}/{match[2]}"
@@ -1428,3 +1429,314 @@ def test_real_text_from_the_hub_and_back(bpe, hub, monkeypatch):
     hub.faults["/blob/"] = ["cut", "flip"]
     assert fineweb.main(["--tokenize"]) == 0
     assert documents_in(bpe, "fineweb10B/*.bin") == texts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# hellaswag.py
+
+def questions(n, seed=0, length=40):
+    """n made questions, as bytes: contexts and endings of many lengths."""
+    rng = np.random.default_rng(seed)
+    text = lambda longest: "".join(rng.choice(list("abc de. "), rng.integers(1, longest))).strip() or "x"
+    return [dict(activity_label="Doing", ctx=text(length), endings=[text(length) for _ in range(4)], label=int(rng.integers(4)))
+            for _ in range(n)]
+
+
+def plain_log_probs(model, items):
+    """The reference: one ending at a time, after its context, all logits."""
+    rows = []
+    for context, endings, *_ in items:
+        for ending in endings:
+            x = torch.tensor([context + ending])
+            logp = model(x[:, :-1]).log_softmax(-1)[0, len(context) - 1:]
+            rows.append(logp.gather(1, x[0, len(context):, None]).sum().item())
+    return np.array(rows).reshape(-1, 4)
+
+
+def no_autocast():
+    return torch.autocast("cpu", enabled=False)
+
+
+def encode_all(qs, model, **kwargs):
+    return [hellaswag.encode_question(q, lambda text: list(text.encode()), model.config.block_size, **kwargs) for q in qs]
+
+
+@pytest.mark.parametrize("arch", [dict(n_kv_head=4, **GPT2), dict(), dict(qk_norm=True)], ids=["GPT-2", "Llama", "Qwen3"])
+def test_endings_that_share_a_context_score_as_if_alone(arch):
+    model = tiny_model(vocab_size=257, block_size=96, **arch)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+        items = encode_all(questions(50), model)
+        ours = hellaswag.answer(model, items, no_autocast)
+        assert np.abs(ours - plain_log_probs(model, items)).max() < 1e-3 and ours.std() > 10
+        one_by_one = np.concatenate([hellaswag.answer(model, [item], no_autocast) for item in items])
+        assert np.abs(ours - one_by_one).max() < 1e-3  # so the order of the answers is that of the questions
+
+
+def test_a_short_memory_sees_what_fits():
+    """Contexts lose their beginning and endings their end, and nothing is read beyond block_size."""
+    model = tiny_model(vocab_size=257, block_size=16)
+    with torch.no_grad():
+        items = encode_all(questions(15) + questions(15, length=10), model)
+        assert all(len(c) >= 1 and len(c) + max(map(len, es)) - 1 <= 16 for c, es, *_ in items)
+        assert max(len(e) for _, es, *_ in items for e in es) == 16 and max(len(c) for c, *_ in items) > 5
+        assert np.abs(hellaswag.answer(model, items, no_autocast) - plain_log_probs(model, items)).max() < 1e-3
+    q = dict(ctx="0123456789", endings=["abc"] * 4, label=0)
+    assert bytes(encode_all([q], model)[0][0]) == b"0123456789" and bytes(encode_all([dict(q, ctx="0123456789" * 2)], model)[0][0]) == b"7890123456789"
+
+
+def test_accuracy_by_sum_and_by_mean():
+    items = [(None, None, [1, 2, 4, 1], 2), (None, None, [1, 1, 1, 1], 0)]
+    logp = np.array([[-3.0, -3, -4, -9], [-1, -2, -3, -4]])
+    assert hellaswag.accuracy(logp, items) == (0.5, 1.0)
+    assert np.allclose(hellaswag.interval(0.2955, 10042), (0.2866, 0.3045), atol=1e-4)
+    assert hellaswag.interval(0, 1)[1] > 0.7  # one question says little
+
+
+def test_questions_are_prepared_as_the_harness_does():
+    """Worked out by hand from lm-evaluation-harness's task hellaswag, version 1."""
+    q = dict(activity_label="Hair", ctx="not used", ctx_a="He sits. [title] Then", ctx_b="he LAUGHS [step] ", label="1",
+             endings=[" and  goes.", "[substeps] x", "a [b] c", "end [step]"])
+    model = tiny_model(vocab_size=257, block_size=96)
+    context, endings, norms, label = hellaswag.encode_question(q, lambda text: list(text.encode()), 96, harness=True)
+    assert bytes(context) == b"Hair: He sits.. Then He laughs"  # capitalize() lowers the rest; the space goes to the endings
+    assert list(map(bytes, endings)) == [b"  and goes.", b"   x", b"  a c", b"  end "] and norms == [9, 2, 3, 4] and label == "1"
+    assert len(encode_all([dict(q, label=1, ctx_a="a", ctx_b="b")], model)[0][1]) == 4
+
+
+def write_questions(path, qs):
+    Path(path).write_text("".join(json.dumps(q) + "\n" for q in qs))
+
+
+def byte_checkpoint(path, **changes):
+    model = tiny_model(vocab_size=257, block_size=96, **changes)
+    torch.save(dict(config=train_gpt2.asdict(model.config), model=model.state_dict(), tokenizer="bytes", args={}), path)
+    return model
+
+
+def test_hellaswag_command(capsys):
+    model, qs = byte_checkpoint("model.pt"), questions(40)
+    write_questions("q.jsonl", qs)
+    assert hellaswag.main("-m model.pt --data q.jsonl --limit 30 --dtype float32 --device cpu --examples 2".split()) == 0
+    out = capsys.readouterr().out
+    with torch.no_grad():
+        items = encode_all(qs[:30], model)
+        acc, acc_norm = hellaswag.accuracy(plain_log_probs(model, items), items)
+    assert f"acc      {acc:.4f} (" in out and f"acc_norm {acc_norm:.4f} (" in out and "30 of 30 questions" in out
+    assert qs[1]["ctx"] in out and out.count("right, ") == 2 and out.count("chosen, ") == 2
+    assert all(figure in out for figure in ("29.4", "30.78", "33.52", "33.7"))
+    assert hellaswag.main("-m model.pt --data q.jsonl --harness --examples 0".split()) == 0
+
+
+@pytest.mark.parametrize("content, messages", [
+    ("", ["q.jsonl", "0 questions"]), ("not json\n", ["q.jsonl, line 1"]), ('["a"]\n', ["line 1"]),
+    ('{"ctx": "a", "endings": ["b", "c", "d"], "label": 0}\n', ["line 1", "four endings"]),
+    ('{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 4}\n', ["line 1", "label"]),
+    ('{"ctx": "a", "endings": ["b", "c", "d", "e"]}\n', ["line 1"]), ('{"ctx": "a", "endings": ["b", "c", "d", 5], "label": 1}\n', ["line 1"]),
+    ('{"ctx": " ", "endings": ["b", "c", "d", "e"], "label": 1}\n', ["line 1"]), (None, ["q.jsonl", "cannot be read"])])
+def test_bad_questions(content, messages, capsys):
+    byte_checkpoint("model.pt")
+    if content is not None:
+        Path("q.jsonl").write_text(content)
+    fails(["-m", "model.pt", "--data", "q.jsonl"], capsys, *messages, main=hellaswag.main)
+
+
+def test_bad_ways_to_call_hellaswag(capsys):
+    byte_checkpoint("model.pt")
+    fails(["-m", "model.pt", "--limit=0"], capsys, "--limit 0", main=hellaswag.main)
+    fails(["-m", "nowhere.pt"], capsys, "nowhere.pt is no checkpoint", main=hellaswag.main)
+    fails(["--limit=5"], capsys, "-m/--model", main=hellaswag.main)
+    fails(["-m", "model.pt", "--no_such_flag"], capsys, "--no_such_flag", main=hellaswag.main)
+
+
+def test_the_questions_are_downloaded_once(hub, monkeypatch, capsys):
+    byte_checkpoint("model.pt")
+    write_questions("q.jsonl", questions(20))
+    monkeypatch.setattr(hellaswag, "DATA_URL", f"{fineweb.hub()}/blob/q.jsonl")  # GitHub: no redirect, no checksum
+    monkeypatch.setattr(hellaswag, "SIZE", 20)
+    hub.files["q.jsonl"] = Path("q.jsonl").read_bytes()
+    hub.faults["q.jsonl"] = [None, "cut", 503]
+    for _ in range(2):
+        assert hellaswag.main(["-m", "model.pt"]) == 0
+    assert len(hub.log) == 4 and Path("hellaswag/hellaswag_val.jsonl").read_bytes() == hub.files["q.jsonl"]
+    monkeypatch.setattr(hellaswag, "SIZE", 21)
+    fails(["-m", "model.pt"], capsys, "has 20 questions", "remove it", main=hellaswag.main)
+    monkeypatch.setattr(hellaswag, "DATA", Path("elsewhere.jsonl"))
+    hub.files.clear()
+    monkeypatch.setattr(hellaswag, "DATA_URL", f"{fineweb.hub()}/datasets/a/b/resolve/main/gone")
+    fails(["-m", "model.pt"], capsys, "404", "gone", main=hellaswag.main)
+
+
+def test_real_questions_get_the_answers_of_the_plain_loop(bpe):
+    """The first 500 of HELLASWAG_VAL, in fp32."""
+    if "HELLASWAG_VAL" not in os.environ:
+        pytest.skip("HELLASWAG_VAL is not set: no file of HellaSwag's validation questions")
+    model = tiny_model(vocab_size=50257, block_size=256)
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(30)
+        items = [hellaswag.encode_question(q, bpe.encode_ordinary, 256) for q in hellaswag.load_questions(os.environ["HELLASWAG_VAL"])[:500]]
+        ours, plain = hellaswag.answer(model, items, no_autocast), plain_log_probs(model, items)
+    norms = np.array([norms for _, _, norms, _ in items])
+    assert (ours.argmax(1) == plain.argmax(1)).all() and ((ours / norms).argmax(1) == (plain / norms).argmax(1)).all()
+    assert len(set((ours / norms).argmax(1))) == 4
+
+
+@pytest.fixture
+def quiz(monkeypatch):
+    """30 made questions where the default file belongs."""
+    Path("hellaswag").mkdir()
+    write_questions(hellaswag.DATA, questions(30, length=12))
+    monkeypatch.setattr(hellaswag, "SIZE", 30)
+
+
+def test_hellaswag_during_training(corpus, quiz, capsys):
+    """llm.c's eval: lines, at the steps asked for and at the end, and the figure is the checkpoint's own."""
+    main([*SMALL, *corpus, "--tokenizer=bytes", "--hellaswag_every=4", "--save_every=4", "--output_dir=log"])
+    evals = log_of("log", "eval")
+    assert list(evals) == [0, 4, 6]
+    capsys.readouterr()
+    hellaswag.main("-m log/last.pt --dtype float32 --examples 0".split())
+    assert f"acc_norm {evals[6]:.4f}" in capsys.readouterr().out
+
+
+def test_two_processes_share_the_questions(corpus):
+    Path("hellaswag").mkdir()
+    write_questions(hellaswag.DATA, questions(31, length=12))
+    Path("run.py").write_text(f"import sys; sys.path.insert(0, {str(Path(SCRIPT).parent)!r}); import hellaswag, train_gpt2; "
+                              "hellaswag.SIZE = 31; sys.exit(train_gpt2.main(sys.argv[1:]))")
+    flags = [*SMALL, *corpus, "--tokenizer=bytes", "--hellaswag_every=3"]
+    for n in (1, 2):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "run.py", *flags,
+                               f"--output_dir=log{n}"], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+    assert list(log_of("log1", "eval")) == [0, 3, 6] and log_of("log1", "eval") == log_of("log2", "eval")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# OpenAI's weights, and export
+
+@pytest.fixture
+def openai_hub(hub, monkeypatch):
+    """A small random GPT-2 where OpenAI's is, in the layout of its file."""
+    transformers = pytest.importorskip("transformers", reason="the transformers library is not installed")
+    torch.manual_seed(0)
+    hub.theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=48, n_layer=2, n_head=3, n_positions=64)).eval()
+    with torch.no_grad():
+        for p in hub.theirs.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    tensors = {name: w for name, w in hub.theirs.transformer.state_dict().items()}
+    for i in range(2):
+        tensors[f"h.{i}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()  # a mask, which the real file has too
+    header, body = {"__metadata__": {"format": "pt"}}, b""
+    for name, w in tensors.items():
+        data = w.contiguous().numpy().tobytes()
+        header[name] = dict(dtype="F32", shape=list(w.shape), data_offsets=[len(body), len(body) + len(data)])
+        body += data
+    head = json.dumps(header).encode()
+    hub.weights = "openai-community/gpt2/model.safetensors"
+    hub.files[hub.weights] = len(head).to_bytes(8, "little") + head + body
+    monkeypatch.setitem(MODELS, "gpt2", dict(MODELS["gpt2"], n_layer=2, n_head=3, n_embd=48))
+    monkeypatch.setattr(fineweb, "PIECE", 1 << 16)
+    return hub
+
+
+def test_openai_weights(openai_hub, bpe, capsys):
+    """Downloaded once, over a bad line; the logits are those of transformers; sampling works."""
+    openai_hub.faults["/blob/"] = ["cut", "flip", 503]
+    checkpoint = train_gpt2.load_checkpoint("gpt2")
+    model = GPT(GPTConfig(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
+    x = torch.randint(0, 50257, (2, 64))
+    with torch.no_grad():
+        ours, theirs = model(x)[..., :50257], openai_hub.theirs(x).logits
+    assert (ours - theirs).abs().max() < 1e-4 < 0.5 < ours.std()
+    openai_hub.log.clear()
+    main(["--sample=gpt2", "--prompt=Hello", "--max_new_tokens=5", "--device=cpu"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Hello") and not openai_hub.log
+    Path("openai/gpt2.safetensors").write_bytes(b"broken file")
+    fails(["--sample=gpt2"], capsys, "openai/gpt2.safetensors", "remove it")
+
+
+def test_finetuning_starts_from_openai_weights(openai_hub, capsys):
+    """The loss at step 0 is that of OpenAI's model, and a resumed run goes on from its own weights."""
+    write_shard("tokens.bin", np.random.default_rng(0).integers(0, 50257, 3000))
+    flags = ["--model=gpt2", "--input_bin=tokens.bin", "--input_val_bin=tokens.bin", "--sequence_length=32", "--total_batch_size=128",
+             "--num_iterations=2", "--val_tokens=640", "--sample_every=0", "--device=cpu", "--dtype=float32", "--output_dir=log"]
+    main(flags)
+    x, y = TokenLoader("tokens.bin", 32, 50257).batch(0, 20, CPU)
+    with torch.no_grad():
+        loss = F.cross_entropy(openai_hub.theirs(x).logits.flatten(0, 1), y.flatten()).item()
+    assert abs(log_of("log", "tel")[0] - loss) < 1e-4
+    state = torch.load("log/last.pt", weights_only=True)
+    assert state["model"]["transformer.wpe.weight"].shape == (32, 48) and state["args"]["arch"] == "gpt2"
+    main([*flags, "--resume", "--num_iterations=4"])
+    assert list(log_of("log")) == [0, 1, 2, 3]
+    for flag in ("--n_layer=3", "--sequence_length=128", "--arch=variant", "--norm=rmsnorm"):
+        fails([*flags, flag, "--output_dir=other"], capsys, "--model gpt2", "drop the flags")
+
+
+EXPORTS = {"tiny": dict(vocab_size=257, qk_norm=True), "d12": dict(vocab_size=50257, n_head=6, n_kv_head=3, n_embd=96),
+           "gpt2": dict(vocab_size=50257, n_kv_head=4, **GPT2)}
+
+
+@pytest.fixture(params=EXPORTS)
+def exported(request, capsys):
+    """(our model, the exported folder opened by transformers, its tokenizer, our name of the tokenizer)"""
+    transformers = pytest.importorskip("transformers", reason="the transformers library is not installed")
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    name = "bytes" if request.param == "tiny" else "gpt2"
+    if name == "gpt2":
+        request.getfixturevalue("bpe")
+    model = tiny_model(**{**dict(block_size=64), **EXPORTS[request.param]})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    torch.save(dict(config=train_gpt2.asdict(model.config), model=model.state_dict(), tokenizer=name, args={}), "model.pt")
+    assert main(["--export", "model.pt", "out"]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("out").eval()
+    return model, theirs, transformers.AutoTokenizer.from_pretrained("out"), name
+
+
+def test_exported_models_are_the_same_elsewhere(exported, capsys):
+    """Logits to 1e-4 and greedy text token for token, with classes that transformers has of its own; nothing is overwritten."""
+    model, theirs, tokenizer, name = exported
+    V = model.config.vocab_size
+    x = torch.randint(0, V - 1, (3, 48))
+    with torch.no_grad():
+        ours = model(x)[..., :V]
+        assert (ours - theirs(x).logits).abs().max() < 1e-4 < 0.5 < ours.std()
+        greedy = list(train_gpt2.generate(model, x[0, :5].tolist(), 30, temperature=0))
+        text = theirs.generate(x[:1, :5], max_new_tokens=len(greedy), do_sample=False)[0, 5:].tolist()
+    assert greedy == text and len(greedy) > 3
+    assert theirs.num_parameters() < model.num_params()[0] + 1 and "auto_map" not in Path("out/config.json").read_text()
+    fails(["--export", "model.pt", "out"], capsys, "out is there already")
+
+
+def varied_strings():
+    rng, parts = np.random.default_rng(0), ["hello", " world", "   ", "\n\n", "\t", "naïve", "中文字", "🙂👩‍👩‍👧", "<|endoftext|>", "it's", "don't", "1234567",
+                                            "\u00a0", "é", "...!?", "def f(x):\n        return", " \u3000 ", "\r\n", "Ünïcödé", "a" * 50, "\x00\x7f", "ﬁ", "العربية", ""]
+    return parts + ["".join(rng.choice(parts, rng.integers(2, 8))) for _ in range(200)]
+
+
+def test_exported_tokenizers_agree_with_ours(exported, bpe):
+    *_, tokenizer, name = exported
+    for text in varied_strings():
+        ids = tokenizer(text)["input_ids"]
+        if name == "gpt2":
+            assert ids == bpe.encode(text, allowed_special="all"), text
+        else:
+            assert ids == [i for k, part in enumerate(text.split("<|endoftext|>")) for i in [256] * (k > 0) + list(part.encode())], text
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert tokenizer.eos_token_id == len(tokenizer) - 1 and len(tokenizer) == train_gpt2.VOCAB_SIZE[name]
+
+
+def test_what_cannot_be_exported(capsys, monkeypatch):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    byte_checkpoint("model.pt", norm="layernorm")
+    fails(["--export", "model.pt", "out"], capsys, "layernorm", "--arch gpt2")
+    fails(["--export", "nowhere.pt", "out"], capsys, "nowhere.pt")
+    fails(["--export", "model.pt"], capsys, "--export")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    fails(["--export", "model.pt", "out"], capsys, "pip install safetensors")
+    assert not Path("out").exists()
