@@ -25,10 +25,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import fineweb
 import train_gpt2
-from train_gpt2 import DEFAULTS, GPT, GPT2, HEAD_ROWS, MODELS, GPTConfig, die
+from train_gpt2 import DEFAULTS, GPT, GPT2, HEAD_ROWS, MODELS, RANK, GPTConfig, die
 
 # ---- 1. The questions -----------------------------------------------------------------------------------------------
 
@@ -36,12 +37,14 @@ DATA, SIZE = Path("hellaswag/hellaswag_val.jsonl"), 10042  # the validation set;
 DATA_URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 
 def bring(url, path):
-    """Downloads url to path, unless it is there; with its checksum, if the server names one."""
-    if not path.exists():
+    """Downloads url to path, unless it is there; with its checksum, if the server names one. Of several processes, one does."""
+    if RANK == 0 and not path.exists():
         with fineweb.plain_errors():
             fineweb.prepare([download := fineweb.Download(url, path)])
             for path in fineweb.fetched([download]):
                 fineweb.say(f"{path} is ready")
+    if dist.is_initialized():
+        dist.barrier()
     return path
 
 def load_questions(path=None):
@@ -257,7 +260,7 @@ def export(path, out):
         (tmp / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
     save_file({key: w.contiguous().clone() for key, w in weights.items()}, tmp / "model.safetensors", metadata={"format": "pt"})
     os.replace(tmp, out)
-    print(f"{path} is in {out}. Next:\n    python hellaswag.py -m {path}")
+    print(f"{out} is written. Next:\n    lm_eval --model hf --model_args pretrained={out} --tasks hellaswag --num_fewshot 10")
     return 0
 
 # ---- 5. The command line --------------------------------------------------------------------------------------------

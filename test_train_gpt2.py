@@ -1673,10 +1673,10 @@ def test_finetuning_starts_from_openai_weights(openai_hub, capsys):
     main([*flags, "--resume", "--num_iterations=4"])
     assert list(log_of("log")) == [0, 1, 2, 3]
     for flag in ("--n_layer=3", "--sequence_length=128", "--arch=variant", "--norm=rmsnorm"):
-        fails([*flags, flag, "--output_dir=other"], capsys, "--model gpt2", "drop the flags")
+        fails([*flags, flag, "--output_dir=other"], capsys, "--model gpt2", "at most 1024 tokens", "drop the flags")
 
 
-EXPORTS = {"tiny": dict(vocab_size=257, qk_norm=True), "d12": dict(vocab_size=50257, n_head=6, n_kv_head=3, n_embd=96),
+EXPORTS = {"tiny": dict(vocab_size=257, qk_norm=True, n_layer=4, n_embd=128, block_size=128), "d12": dict(vocab_size=50257, n_head=6, n_kv_head=3, n_embd=96),
            "gpt2": dict(vocab_size=50257, n_kv_head=4, **GPT2)}
 
 

@@ -597,15 +597,6 @@ def all_sum(values, device):
         values = values.tolist()
     return values
 
-@contextlib.contextmanager
-def rank0_first():
-    """What stands in here is done by process 0, which may have to download, before the others do it."""
-    if RANK > 0:
-        dist.barrier()
-    yield
-    if RANK == 0 and WORLD > 1:
-        dist.barrier()
-
 def pick_batch_size(config, params, device, sequences):
     """The largest micro-batch that fits the device and divides sequences, what one process has to see in a step."""
     tokens = 4096  # on a CPU: enough to keep its matrix products busy
@@ -668,14 +659,12 @@ def train(args, checkpoint, argv):
     with device:  # made where it will live: on a CPU first, d48's 1.6 billion random numbers would take long
         model = GPT(config)
     if args.model.startswith("gpt2") and not checkpoint:
-        with rank0_first():
-            weights = load_checkpoint(args.model)["model"]
+        weights = load_checkpoint(args.model)["model"]
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]
         try:
             model.load_state_dict(weights)
         except RuntimeError:
-            die(f"--model {args.model}: OpenAI's weights fit --arch gpt2 alone, with its sizes and 1024 tokens: drop the flags "
-                f"that change the model, or take --model d12")
+            die(f"--model {args.model}: its weights fit its own shape and at most 1024 tokens, drop the flags that change that")
     (params, blocks), flops = model.num_params(), model.flops_per_token(T)
     print0(f"model {args.model}: {config.n_layer} layers, {config.n_head} heads ({config.n_kv_head} key/value), "
            f"{config.n_embd} wide | {params:,} parameters, {blocks:,} without embeddings | {flops / 1e6:,.1f} MFLOP a token")
@@ -755,8 +744,7 @@ def train(args, checkpoint, argv):
     tokenizer = load_tokenizer(args.tokenizer) if args.sample_every or args.hellaswag_every else None
     if args.hellaswag_every:  # every process takes every WORLDth question
         import hellaswag
-        with rank0_first():
-            quiz = [hellaswag.encode_question(q, tokenizer[0], T) for q in hellaswag.load_questions()[RANK::WORLD]]
+        quiz = [hellaswag.encode_question(q, tokenizer[0], T) for q in hellaswag.load_questions()[RANK::WORLD]]
     x, y = micro_batch(start * accumulate)
     peak = next((1e12 * PEAK[name] for name in PEAK if name in card), None)
     recent, first = [], None  # seconds of the steps since the last line; when the first step, which compiles, was done
