@@ -107,9 +107,9 @@ class ShardWriter:
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 PIECE = 1 << 20  # characters that are read, and tokenised, at a time
-# At a single space or newline GPT-2's tokens always begin anew, so that a long text can be cut before it: the tokens of the
-# pieces are those of the whole. (Among several spaces they are not.)
-CUT = re.compile(r".*\S(?=[ \n]\S)", re.DOTALL)
+# No token of GPT-2 goes on from a letter, digit or sign to a space or newline, so that a long text can be cut between the two:
+# the tokens of the pieces are those of the whole. (Within a row of spaces they would not be.)
+CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 HALF = re.compile("[\ud800-\udfff]")  # half of a character: JSON can write it, UTF-8 cannot
 
 def read_documents(path):
@@ -142,7 +142,7 @@ def read_documents(path):
                 return
             text, begins, more = "", True, True
             while more:
-                more, old = file.read(PIECE), max(0, len(text) - 2)
+                more, old = file.read(PIECE), max(0, len(text) - 1)
                 text += more
                 cut = CUT.match(text, old)
                 cut = len(text) if not more else cut.end() if cut else 0

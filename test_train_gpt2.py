@@ -1027,6 +1027,7 @@ def test_a_cut_download_is_resumed(hub, capsys):
 def test_a_server_without_ranges(hub, capsys):
     hub.faults["blob/kjj0/fineweb10B-gpt2/fineweb_val"] = ["cut", "no range"]
     assert fineweb.main(["--shards=2"]) == 0 and downloaded(hub)
+    assert len([p for p, _ in hub.log if "blob" in p and "val" in p]) == 2  # it begins anew, and that is enough
 
 
 def test_retry_after_is_respected(hub, monkeypatch):
@@ -1483,6 +1484,7 @@ def test_a_short_memory_sees_what_fits():
         assert max(len(e) for _, es, *_ in items for e in es) == 16 and max(len(c) for c, *_ in items) > 5
         assert np.abs(hellaswag.answer(model, items, no_autocast) - plain_log_probs(model, items)).max() < 1e-3
     q = dict(ctx="0123456789", endings=["abc"] * 4, label=0)
+    assert bytes(encode_all([q], model)[0][1][3]) == b" abc"  # the space belongs to the ending, as in its first token
     assert bytes(encode_all([q], model)[0][0]) == b"0123456789" and bytes(encode_all([dict(q, ctx="0123456789" * 2)], model)[0][0]) == b"7890123456789"
 
 
