@@ -334,6 +334,7 @@ def fetch(download):
 
 def prepare(downloads, need=0):
     """Asks for the sizes of downloads, and makes sure that the disk has room for them and for need bytes more."""
+    say(f"asking for size and checksum of {len(downloads)} file(s)")
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         list(pool.map(probe, downloads))
     check_space(downloads[0].path.parent, need + sum(max(0, d.size - d.have()) for d in downloads))
@@ -442,6 +443,7 @@ def make_shards(args):
             files = [Download(address(raw, path), folder / "raw" / Path(path).name) for path in paths]
             prepare(files, need=2 * SHARD_TOKENS * max(0, count + 1 - writer.index))
             tokenize(documents_of(fetched(files, ahead=2), writer), [writer], sum(d.size for d in files), args.cores)
+            say(f"{folder / 'raw'} is needed only if you take more --shards")
     elif not ready:
         die("nobody has 100B tokens of FineWeb-Edu ready: add --tokenize to make them here, or take -v 10B")
     else:
