@@ -116,9 +116,7 @@ def read_documents(path):
     """Yields (begins a document, text, how much of the file is read, 0 to 1); memory stays flat however large the file is.
     A .txt is one document; .jsonl has one a line, in its field "text"; .parquet one a row, in its column "text"."""
     def string(text):
-        if not isinstance(text, str):
-            die(f'{path}, row {row}: no string in "text" but {text!r:.40}; mend that row or leave it out')
-        return text
+        return text if isinstance(text, str) else die(f'{path}, row {row}: "text" is {text!r:.40}; mend that row or leave it out')
 
     row, size = 0, max(1, os.path.getsize(path))
     try:
@@ -252,10 +250,8 @@ class Download:
     def have(self):
         """Bytes on the disk."""
         for path in (Path(f"{self.path}.part"), self.path):  # in this order: meanwhile the first may become the second
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 return path.stat().st_size
-            except FileNotFoundError:
-                pass
         return 0
 
 def hub():
@@ -312,12 +308,12 @@ def fetch(download):
     while not path.exists():
         try:
             if (have := download.have()) < download.size:
-                with get(download.url, {"Range": f"bytes={have}-"} if have else {}) as r:
-                    with open(part, "ab" if r.status_code == 206 else "wb") as f:  # 200: the server sends all of it
-                        for block in r.iter_content(PIECE):
-                            f.write(block)
-                        f.flush()
-                        os.fsync(f.fileno())
+                r = get(download.url, {"Range": f"bytes={have}-"} if have else {})
+                with r, open(part, "ab" if r.status_code == 206 else "wb") as f:  # 200: the server sends all of it
+                    for block in r.iter_content(PIECE):
+                        f.write(block)
+                    f.flush()
+                    os.fsync(f.fileno())
             if not (error := error_in(download, part)):
                 os.replace(part, path)
                 break
@@ -354,10 +350,9 @@ def plain_errors():
         yield
     except requests.RequestException as e:
         reason = getattr(e.args[0], "reason", e) if e.args else e  # of what urllib3 and requests wrapped
-        hint = "check the line, and HF_ENDPOINT if you set it; --help shows other ways"
-        if e.response is not None and e.response.status_code in (401, 403):
-            hint = "set HF_TOKEN to a token that may read it"
-        die(f"{reason} ({e.request.url if e.request else hub()}): {hint}")
+        refused = e.response is not None and e.response.status_code in (401, 403)
+        die(f"{reason} ({e.request.url if e.request else hub()}): " + ("set HF_TOKEN to a token that may read it" if refused else
+            "check the line, and HF_ENDPOINT if you set it; --help shows other ways"))
     except OSError as e:
         die(f"{e}: mend that or wait, then the same command goes on from here")
 

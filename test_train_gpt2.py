@@ -1173,6 +1173,22 @@ def start_fineweb(*args, code="pass"):
     return subprocess.Popen([sys.executable, "-c", code, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.parametrize("terminal", [False, True], ids=["file", "terminal"])
+def test_progress_line(terminal, monkeypatch, capsys):
+    """A new line each minute in a file, the same line twice a second in a terminal; rate and time left of what goes on now."""
+    clock = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    meter = fineweb.Meter(20_000_000_000)
+    for i in range(1, 791):  # 79 seconds at 20 MB/s
+        clock[0] += 0.1
+        meter.show(2_000_000 * i)
+    out = capsys.readouterr().out
+    assert out.count("\r") == out.count("min left") * terminal and out.count("\n") == out.count("min left") * (not terminal)
+    assert 120 < out.count("min left") < 160 if terminal else out.count("min left") == 1
+    assert re.search(r"1\.\d\d of 20\.00 GB \| 20\.0 MB/s \| 15\.\d min left", out)
+
+
 def test_downloads_survive_kill_at_any_moment(hub):
     hub.speed, rng = 300, np.random.default_rng(0)
     wholes = {name.split("/")[-1]: body for name, body in hub.files.items()}
