@@ -259,6 +259,7 @@ def export(path, out):
     for name, content in files.items():
         (tmp / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
     save_file({key: w.contiguous().clone() for key, w in weights.items()}, tmp / "model.safetensors", metadata={"format": "pt"})
+    os.chmod(tmp / "model.safetensors", 0o644)  # safetensors makes it private, unlike the other files
     os.replace(tmp, out)
     print(f"{out} is written. Next:\n    lm_eval --model hf --model_args pretrained={out} --tasks hellaswag --num_fewshot 10")
     return 0

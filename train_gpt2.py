@@ -481,9 +481,9 @@ MODELS = {
     "d24": dict(output_dir="log350M", n_layer=24, n_head=16, n_embd=1024, learning_rate=6e-4),
     "d36": dict(output_dir="log774M", n_layer=36, n_head=20, n_embd=1280, learning_rate=5e-4),
     "d48": dict(output_dir="log1558M", n_layer=48, n_head=25, n_embd=1600, learning_rate=4e-4),
-    # OpenAI's weights, to sample from or to go on training, for which nanoGPT takes a small constant rate (its finetune recipe)
-    **{name: dict(output_dir=f"log_{name}", arch="gpt2", n_layer=n_layer, n_head=n_head, n_embd=n_embd, learning_rate=3e-5,
-                  learning_rate_decay_frac=1.0, warmup_iters=0) for name, n_layer, n_head, n_embd in (
+    # OpenAI's weights, to sample from or to go on training: rate and batch are those of nanoGPT's finetune_shakespeare.py
+    **{name: dict(output_dir=f"log_{name}", arch="gpt2", n_layer=n_layer, n_head=n_head, n_embd=n_embd, total_batch_size=32768,
+                  learning_rate=3e-5, learning_rate_decay_frac=1.0, warmup_iters=0) for name, n_layer, n_head, n_embd in (
         ("gpt2", 12, 12, 768), ("gpt2-medium", 24, 16, 1024), ("gpt2-large", 36, 20, 1280), ("gpt2-xl", 48, 25, 1600))}}
 GPT2 = dict(norm="layernorm", mlp="gelu", pos="learned", bias=True, qk_norm=False)  # --arch gpt2, and n_kv_head = n_head
 
