@@ -59,9 +59,10 @@ def load_questions(path=None):
             if line.strip():
                 q = json.loads(line)
                 q["label"] = int(q["label"])
-                assert len(q["endings"]) == 4 and 0 <= q["label"] < 4 and all(text.strip() for text in [q["ctx"], *q["endings"]])
+                if len(q["endings"]) != 4 or q["label"] not in range(4) or not all(text.strip() for text in [q["ctx"], *q["endings"]]):
+                    raise ValueError
                 questions.append(q)
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             die(f"{path}, line {number}: no question with ctx, four endings and a label from 0 to 3; mend the line or leave it out")
     if not questions or path == DATA and len(questions) != SIZE:
         die(f"{path} has {len(questions)} questions: remove it, then it is fetched again, or give another --data")
@@ -284,6 +285,8 @@ def main(argv):
         die(f"--limit {args.limit}: give a number of questions, at least 1")
     checkpoint, device = train_gpt2.load_checkpoint(args.model), train_gpt2.pick_device(args.device)
     questions = load_questions(args.data)[:args.limit]
+    if args.harness and not all("activity_label" in q for q in questions):
+        die(f"--harness needs the field activity_label in every question of {args.data}")
     model = GPT(GPTConfig(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
     model.to(device)

@@ -1565,6 +1565,8 @@ def test_bad_ways_to_call_hellaswag(capsys):
     fails(["-m", "model.pt", "--limit=0"], capsys, "--limit 0", main=hellaswag.main)
     fails(["-m", "nowhere.pt"], capsys, "nowhere.pt is no checkpoint", main=hellaswag.main)
     fails(["--limit=5"], capsys, "-m/--model", main=hellaswag.main)
+    write_questions("q.jsonl", [{k: v for k, v in questions(1)[0].items() if k != "activity_label"}])
+    fails(["-m", "model.pt", "--data", "q.jsonl", "--harness"], capsys, "--harness", "activity_label", "q.jsonl", main=hellaswag.main)
     fails(["-m", "model.pt", "--no_such_flag"], capsys, "--no_such_flag", main=hellaswag.main)
 
 
