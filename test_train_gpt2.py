@@ -946,7 +946,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if fault in ("cut", "stall"):
                 self.answer(code, body[:len(body) // 2], len(body), **headers)
                 self.wfile.flush()
-                time.sleep(2 if fault == "stall" else 0)
+                time.sleep(4 if fault == "stall" else 0)
                 self.close_connection = True
                 return
             return self.answer(code, body, **headers)
@@ -979,7 +979,7 @@ def hub(monkeypatch):
     for name, value in (("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/"), ("NO_PROXY", "*"), ("HOME", os.getcwd())):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    for name, value in (("WAIT", 0.01), ("TIMEOUT", (5, 0.5)), ("PIECE", 4096)):
+    for name, value in (("WAIT", 0.01), ("TIMEOUT", (5, 1.5)), ("PIECE", 4096)):
         monkeypatch.setattr(fineweb, name, value)
     yield server
     server.shutdown()
