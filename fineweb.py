@@ -344,8 +344,8 @@ def fetched(downloads, ahead=2 * CONNECTIONS):
         pool.shutdown(wait=False, cancel_futures=True)
 
 @contextlib.contextmanager
-def plain_errors():
-    """What the network or the disk refuses for good ends the program in one line."""
+def plain_errors(path):
+    """What the network refuses for good, or the disk that path is on, ends the program in one line."""
     try:
         yield
     except requests.RequestException as e:
@@ -354,7 +354,7 @@ def plain_errors():
         die(f"{reason} ({e.request.url if e.request else hub()}): " + ("set HF_TOKEN to a token that may read it" if refused else
             "check the line, and HF_ENDPOINT if you set it; --help shows other ways"))
     except OSError as e:
-        die(f"{e}: mend that or wait, then the same command goes on from here")
+        die(f"{path}: {e}: mend that (or wait), then the same command goes on from here")
 
 def check_space(folder, need):
     """Makes the folder, and sure that its disk has room for need bytes more."""
@@ -463,7 +463,7 @@ def main(argv):
     parser.error = die
     args = parser.parse_args(argv)
     try:
-        with plain_errors():
+        with plain_errors(args.out or SETS[args.type, args.version][0]):
             folder, prefix = make_shards(args)
     except KeyboardInterrupt:
         say("stopped: the same command goes on from here")

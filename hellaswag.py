@@ -12,7 +12,6 @@ and a model of 124M parameters in about 30 %: the wrong endings are made of just
 what a small model knows. But the score grows with a model, early and with little noise, so that small ones can be compared.
 """
 import argparse
-import functools
 import json
 import math
 import os
@@ -39,7 +38,7 @@ DATA_URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hella
 def bring(url, path):
     """Downloads url to path, unless it is there; with its checksum, if the server names one. Of several processes, one does."""
     if RANK == 0 and not path.exists():
-        with fineweb.plain_errors():
+        with fineweb.plain_errors(path):
             fineweb.prepare([download := fineweb.Download(url, path)])
             for path in fineweb.fetched([download]):
                 fineweb.say(f"{path} is ready")
@@ -162,6 +161,10 @@ def interval(p, n):
 
 # ---- 3. OpenAI's weights --------------------------------------------------------------------------------------------
 
+def conv1d(key, w):
+    """w as OpenAI stores it, or back: their linear layers, of a kind of their own named Conv1D, hold nn.Linear's transpose."""
+    return w.T.contiguous() if key.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")) else w
+
 def openai_checkpoint(name):
     """GPT-2 as OpenAI published it, name one of gpt2, gpt2-medium, gpt2-large, gpt2-xl, in the form of our checkpoints."""
     path = bring(f"{fineweb.hub()}/openai-community/{name}/resolve/main/model.safetensors", Path(f"openai/{name}.safetensors"))
@@ -174,8 +177,7 @@ def openai_checkpoint(name):
             if entry.get("dtype") == "F32" and not key.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):  # no masks
                 start, end = entry["data_offsets"]
                 w = torch.from_numpy(np.fromfile(path, "<f4", (end - start) // 4, offset=8 + length + start)).view(entry["shape"])
-                # GPT-2's code had a layer of its own, Conv1D, which stores the transpose of what nn.Linear does
-                state[key] = w.T.contiguous() if key.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")) else w
+                state[key] = conv1d(key, w)
         wte = state["transformer.wte.weight"]
         padding = wte.new_zeros(-len(wte) % 64, wte.size(1))
         state["transformer.wte.weight"] = state["lm_head.weight"] = torch.cat((wte, padding))
@@ -219,8 +221,7 @@ def to_hugging_face(config, state):
     common = dict(vocab_size=V, bos_token_id=V - 1, eos_token_id=V - 1, torch_dtype="float32", tie_word_embeddings=True)
     kind = {name: getattr(c, name) for name in GPT2 if name != "qk_norm"}
     if dict(kind, qk_norm=c.qk_norm) == GPT2 and c.n_kv_head == c.n_head:
-        weights = {key: w.T if key.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")) else w for key, w in state.items()
-                   if key != "lm_head.weight"}
+        weights = {key: conv1d(key, w) for key, w in state.items() if key != "lm_head.weight"}
         weights["transformer.wte.weight"] = state["transformer.wte.weight"][:V]
         return dict(common, architectures=["GPT2LMHeadModel"], model_type="gpt2", n_layer=c.n_layer, n_head=c.n_head,
                     n_embd=c.n_embd, n_positions=c.block_size, activation_function="gelu_new", layer_norm_epsilon=1e-5), weights
@@ -290,8 +291,7 @@ def main(argv):
     model = GPT(GPTConfig(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
     model.to(device)
-    args.dtype = args.dtype or ("bfloat16" if train_gpt2.native_bf16(device) else "float32")
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    dtype, autocast = train_gpt2.pick_autocast(args.dtype, device)
     encode, _ = train_gpt2.load_tokenizer(checkpoint["tokenizer"])
     items = [encode_question(q, encode, model.config.block_size, args.harness) for q in questions]
     logp = answer(model, items, autocast, progress=True)
@@ -300,7 +300,7 @@ def main(argv):
         for k, ending in enumerate(q["endings"]):
             mark = ("right, " if k == label else "") + ("chosen, " if k == (losses / norms).argmin() else "")
             print(f"    {losses[k] / norms[k]:.4f} ({mark}sum {losses[k]:.2f}) {ending}")
-    fineweb.say(f"---\n{args.model}, {args.dtype}, {'harness' if args.harness else 'completion'} style, {len(items)} questions, 95 % interval:")
+    fineweb.say(f"---\n{args.model}, {dtype}, {'harness' if args.harness else 'completion'} style, {len(items)} questions, 95 % interval:")
     for name, share in zip(("acc", "acc_norm"), accuracy(logp, items)):
         print("{:8} {:.4f} ({:.4f} to {:.4f})".format(name, share, *interval(share, len(items))))
     print(f"published, acc_norm{' in completion style' if args.harness else ''}: {PUBLISHED}")

@@ -1160,7 +1160,7 @@ def test_a_disk_that_fills_up_all_the_same(hub, capsys):
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10000, hard))
     try:
-        fails(["--shards=1"], capsys, "goes on from here", main=fineweb.main)
+        fails(["--shards=1"], capsys, "fineweb10B: ", "goes on from here", main=fineweb.main)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, old)

@@ -117,8 +117,8 @@ class CausalSelfAttention(nn.Module):
         if rope:  # here, while dim 1 is still time: after the transpose below it is the heads
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         # Flash attention (https://arxiv.org/abs/2205.14135): softmax(q k^T / sqrt(D)) v in tiles that never leave the
-        # chip, so no (T, T) matrix or mask is ever stored. Grouped queries (https://arxiv.org/abs/2305.13245): query
-        # heads 0 and 1 read key/value head 0, and so on; with enable_gqa the kernel shares them without a copy.
+        # chip, so no (T, T) matrix is ever stored, and no mask (hellaswag.py alone brings one). Grouped queries
+        # (https://arxiv.org/abs/2305.13245): query heads 0 and 1 read key/value head 0, and so on, without a copy.
         # On a CPU in fp32: autocast would choose bf16, whose backward pass is 3.5 times as slow there (19.3 against
         # 5.4 ms for the pair of passes at tiny's shape, 2 cores with AMX).
         on_cpu = x.device.type == "cpu"
@@ -401,8 +401,7 @@ def save_checkpoint(path, state):
         return False
 
 def load_checkpoint(path):
-    """The dictionary that save() in train() made, tensors on the CPU. weights_only: data is loaded, never code. The name of
-    an OpenAI model, gpt2 say, stands for a checkpoint too."""
+    """What save() in train() wrote, or OpenAI's weights for a name like gpt2; on the CPU. weights_only: data, never code."""
     if str(path) in MODELS and str(path).startswith("gpt2"):
         import hellaswag
         return hellaswag.openai_checkpoint(str(path))
@@ -589,6 +588,12 @@ def native_bf16(device):
     flags = cpuinfo.read_text().split() if device.type == "cpu" and cpuinfo.exists() else []
     return any(flag in flags for flag in ("amx_bf16", "avx512_bf16", "bf16"))
 
+def pick_autocast(dtype, device):
+    """(dtype, a function that opens autocast): matrix products in bf16 where that is native; weights, residual stream, norms
+    and loss stay fp32, which bf16's 8 bits would be too few for."""
+    dtype = dtype or ("bfloat16" if native_bf16(device) else "float32")
+    return dtype, functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
 def all_sum(values, device):
     """The sum over all processes of a list of numbers, element by element."""
     if dist.is_initialized():
@@ -645,9 +650,7 @@ def train(args, checkpoint, argv):
         torch.set_float32_matmul_precision("high")  # what stays fp32 may multiply in TF32
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")  # between GPUs, or between CPUs
-    args.dtype = args.dtype or ("bfloat16" if native_bf16(device) else "float32")
-    # matrix products in bf16; weights, residual stream, norms and loss stay fp32, which bf16's 8 bits would be too few for
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    args.dtype, autocast = pick_autocast(args.dtype, device)
 
     # the model, the same in every process because the seed is
     args.block_size, args.vocab_size = T, V = args.sequence_length, VOCAB_SIZE[args.tokenizer]
