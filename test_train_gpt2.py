@@ -582,7 +582,7 @@ def test_the_default_dtype_follows_the_hardware(monkeypatch):
     for flags, native in (("sse2 avx2 amx_bf16", True), ("avx512_bf16", True), ("asimd bf16", True), ("sse2 avx512f", False)):
         monkeypatch.setattr(Path, "read_text", lambda self: f"flags : {flags}")
         monkeypatch.setattr(Path, "exists", lambda self: True)
-        assert train_gpt2.native_bf16(CPU) is native
+        assert train_gpt2.pick_autocast(None, CPU)[0] == ("bfloat16" if native else "float32")
 
 
 def test_micro_batch_choice(monkeypatch):

@@ -283,11 +283,10 @@ def stdlib_corpus():
 class TokenLoader:
     """Sequences of T tokens out of all shards that match a glob pattern, each used once an epoch.
 
-    A shard of n tokens has (n - 1) // T sequences: number i starts at token i * T and is read with one token more, since
-    the target of a token is the one after it. What is left at a shard's end, fewer than T, is not used. An epoch goes
-    through the shards in an order drawn from (seed, epoch), and through the sequences of each in one drawn from (seed,
-    epoch, shard); seed None: in file order. So sequence i of a run depends on i alone: there is no state to save, any
-    process can compute its share, and to resume at a step takes no more than the step."""
+    A shard of n tokens has (n - 1) // T sequences: number i starts at token i * T and is read with one token more, since the
+    target of a token is the one after it. An epoch goes through the shards in an order drawn from (seed, epoch), and through
+    the sequences of each in one drawn from (seed, epoch, shard); seed None: in file order. So sequence i of a run depends on i
+    alone: no state to save, any process can compute its share, and to resume at a step takes no more than the step."""
     def __init__(self, pattern, T, vocab_size, seed=None):
         self.T, self.vocab_size, self.seed = T, vocab_size, seed
         self.paths = sorted(glob.glob(pattern))
@@ -339,11 +338,11 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose every step is made orthogonal first (https://kellerjordan.github.io/posts/muon). For matrices.
 
     A gradient's few large singular values drown its many small ones. With all set to 1, every direction is learned at the
-    same speed. Five rounds of an odd polynomial bring them to between 0.7 and 1.2, which serves as well and takes nothing
-    but matrix products. Steps are scaled to AdamW's typical size, a root mean square of 0.2 (https://arxiv.org/abs/2502.16982),
-    so that one learning rate serves both optimisers. Queries, keys and values lie in one weight, gate and up in another: they
-    are taken apart, at the rows in `parts` (tiny: validation loss 1.158 instead of 1.173). What has the same shape is one
-    batch: torch.optim.Muon, one matrix at a time, took 12.3 ms of each step of tiny, this takes 6.5 (2 cores with AMX)."""
+    same speed. Five rounds of an odd polynomial bring them to between 0.7 and 1.2, which serves as well and takes matrix
+    products only. Steps get AdamW's typical size, a root mean square of 0.2 (https://arxiv.org/abs/2502.16982), so that one
+    learning rate serves both. Queries, keys and values share a weight, and so do gate and up: they are taken apart, at the
+    rows in `parts` (tiny: validation loss 1.158 instead of 1.173). All matrices of one shape are one batch: one at a time,
+    as in torch.optim.Muon, they took 12.3 ms of each step of tiny, so they take 6.5 (2 cores with AMX)."""
     def __init__(self, params, lr, weight_decay, momentum=0.95, dtype=torch.bfloat16):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.dtype = dtype  # of the products: bf16 is exact enough, but slow where the hardware lacks it
@@ -438,10 +437,9 @@ def load_tokenizer(name):
 
 @torch.no_grad()
 def generate(model, ids, max_new_tokens, temperature=1.0, top_k=0, generator=None):
-    """Yields up to max_new_tokens ids that continue the list ids (one at least), and stops before <|endoftext|>.
-
-    Temperature 0 takes the likeliest token; below 1 sharpens, above 1 flattens. top_k: of the k likeliest, 0 of all. The
-    whole context is computed anew for each token: a key/value cache would be faster, and twice the code."""
+    """Yields up to max_new_tokens ids that continue the list ids (one at least), and stops before <|endoftext|>. Temperature 0
+    takes the likeliest token; below 1 sharpens, above 1 flattens. top_k: of the k likeliest, 0 of all. The whole context is
+    computed anew for each token: a key/value cache would be faster, and twice the code."""
     x = torch.tensor([ids], device=model.lm_head.weight.device)  # (1, T)
     for _ in range(max_new_tokens):
         logits = model(x[:, -model.config.block_size:])[:, -1]  # (1, padded vocabulary)
@@ -588,18 +586,14 @@ def pick_device(name):
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
-def native_bf16(device):
-    """Whether the hardware itself multiplies bfloat16 (then d12 is 2.1 times as fast, 2 cores with AMX) or only emulates it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+def pick_autocast(dtype, device):
+    """(dtype, a function that opens autocast): matrix products in bf16 where the hardware has it and does not emulate it (d12:
+    2.1 times as fast, 2 cores with AMX). Weights, residual stream, norms and loss stay fp32: bf16's 8 bits are too few."""
     cpuinfo = Path("/proc/cpuinfo")  # Linux; on Intel and AMD it says amx_bf16 or avx512_bf16, on ARM bf16
     flags = cpuinfo.read_text().split() if device.type == "cpu" and cpuinfo.exists() else []
-    return any(flag in flags for flag in ("amx_bf16", "avx512_bf16", "bf16"))
-
-def pick_autocast(dtype, device):
-    """(dtype, a function that opens autocast): matrix products in bf16 where that is native; weights, residual stream, norms
-    and loss stay fp32, which bf16's 8 bits would be too few for."""
-    dtype = dtype or ("bfloat16" if native_bf16(device) else "float32")
+    native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+              any(flag in flags for flag in ("amx_bf16", "avx512_bf16", "bf16")))
+    dtype = dtype or ("bfloat16" if native else "float32")
     return dtype, functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 def all_sum(values, device):
@@ -614,9 +608,8 @@ def pick_batch_size(config, params, device, sequences):
     """The largest micro-batch that fits the device and divides sequences, what one process has to see in a step."""
     tokens = 4096  # on a CPU: enough to keep its matrix products busy
     if device.type == "cuda":
-        # A parameter takes 16 bytes (itself, its gradient, AdamW's two moments), HeadLoss and CUDA 4 GB. A token takes what
-        # the blocks keep for the backward pass: 67 bytes a channel and block in eager bf16, counted with saved_tensors_hooks
-        # at d12 and d24. Compiled it is less; a tenth of the memory stays free.
+        # A parameter takes 16 bytes (with gradient and AdamW's moments), HeadLoss and CUDA 4 GB; a token what blocks keep for the
+        # backward pass: 67 bytes a channel and block in eager bf16 (counted with saved_tensors_hooks), less when compiled.
         room = 0.9 * torch.cuda.get_device_properties(device).total_memory - 16 * params - 4e9
         tokens = min(room / (75 * config.n_layer * config.n_embd), 65536)  # 64 x 1024, the FineWeb speedrun's
     return max(b for b in range(1, sequences + 1) if sequences % b == 0 and b <= max(1, tokens / config.block_size))
