@@ -1814,3 +1814,195 @@ def test_what_cannot_be_exported(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     fails(["--export", "model.pt", "out"], capsys, "pip install safetensors")
     assert not Path("out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report, and what the documents say
+
+ROOT = Path(SCRIPT).parent
+sys.path.append(str(ROOT / "report"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "report" / "README.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_links_lead_somewhere(document):
+    """Every relative link is to a file that is there, and one to a line is to the line that its text names."""
+    links = re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", document.read_text())
+    links = [(text, link) for text, link in links if "://" not in link]
+    assert links
+    for text, link in links:
+        path, _, line = link.partition("#L")
+        target = document.parent / path
+        assert target.exists(), f"{document}: {link}"
+        if line:
+            assert text.strip("`") in target.read_text().splitlines()[int(line) - 1], f"{document}: {text} is not in {link}"
+
+
+def commands():
+    """(document, script, arguments) of every command in README.md, report/README.md and the scripts' own headings."""
+    for document in (*DOCUMENTS, *(ROOT / "report").glob("*.py"), *ROOT.glob("*.py")):
+        text = document.read_text()
+        text = text if document.suffix == ".md" else text.split('"""')[1]
+        for script, rest in re.findall(r"(?:python|torchrun)\b[^`\n|]*? ([\w./]+\.py)\b([^`\n|&)]*)", text):
+            yield document, script, shlex.split(rest, comments=True)
+
+
+def test_commands_are_understood(monkeypatch):
+    """The script is there, and its own parser takes the arguments. (Nothing is run: parsing ends in an exception.)"""
+    import ablation, bench, one_step, plot
+    class Parsed(Exception):
+        pass
+    parse = argparse.ArgumentParser.parse_args
+    def parse_and_stop(parser, argv):
+        parse(parser, argv)
+        raise Parsed
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(one_step, "main", lambda argv: argv == [] and parse_and_stop(argparse.ArgumentParser(), []))
+    main_of = {"train_gpt2.py": main, "fineweb.py": fineweb.main, "hellaswag.py": hellaswag.main, "report/bench.py": bench.main,
+               "report/plot.py": plot.main, "report/ablation.py": ablation.main, "report/one_step.py": one_step.main}
+    seen = set()
+    for document, script, argv in commands():
+        if script == "llama.cpp/convert_hf_to_gguf.py":  # theirs
+            continue
+        assert script in main_of and (ROOT / script).exists(), f"{document.name}: {script}"
+        with pytest.raises(Parsed if argv != ["--help"] else SystemExit):
+            main_of[script](argv)
+        seen.add(script)
+    assert seen == set(main_of), "a script that no document shows"
+
+
+def test_tables_agree_with_the_logs():
+    """Every row of an ablation in README.md or report/README.md is what report/ablation.py makes of report/logs."""
+    import ablation
+    rows = {group: ablation.table(group).splitlines() for group in ("tiny", "small")}
+    report = DOCUMENTS[1].read_text()
+    assert all(len(table) > 5 and "\n".join(table) in report for table in rows.values())
+    names = {what for what, *_ in ablation.RUNS.values()}
+    for line in DOCUMENTS[0].read_text().splitlines():
+        if line.startswith("|") and line.split("|")[1].strip() in names:
+            assert any(line in table for table in rows.values()), f"README.md: {line}"
+
+
+def test_logs_say_what_made_them():
+    logs = list((ROOT / "report" / "logs").glob("*/*/main.log"))
+    assert logs
+    for log in logs:
+        command, machine, first = log.read_text().splitlines()[:3]
+        assert command.startswith("# python ") and re.match(r"# \d{4}-\d\d-\d\d, .*, torch \S+$", machine), log
+        assert first.startswith("s:0 tel:") and log.stat().st_size < 20000, log
+
+
+def test_ablation_makes_and_keeps_a_run(monkeypatch, corpus, capsys):
+    """Trains, also under a patch, keeps the log under its heading, and does not train again what is there."""
+    import ablation
+    monkeypatch.setattr(ablation, "LOGS", Path("logs").resolve())
+    monkeypatch.setitem(ablation.GROUPS, "tiny", (2, (1, 2), 4e-3, 2e-3, " ".join(["--model tiny", *SMALL])))
+    data = [flag.split("=")[1] for flag in corpus]
+    command = ["tiny", "--runs", "today", "rope_by_head", "--seeds", "1", "--jobs", "1", "--data", *data]
+    ablation.main(command)
+    kept = {path.parent.name: path.read_text() for path in Path("logs/tiny").glob("*/main.log")}
+    assert kept.keys() == {"today.1", "rope_by_head.1"}
+    assert kept["today.1"].startswith("# python train_gpt2.py --model tiny") and "--patched rope_by_head" in kept["rope_by_head.1"]
+    losses = [re.findall(r"tel:(\S+)", text) for text in kept.values()]
+    assert len(losses[0]) == 2 and losses[0] != losses[1]
+    assert "| RoPE turned by head instead of by time | 2 |" in capsys.readouterr().out
+    Path("logs/tiny/today.1/main.log").write_text("s:2 tel:9.0\n")
+    ablation.main(command)
+    assert "| the default | 2 | 9.000 |" in capsys.readouterr().out
+
+
+def test_ablations_patches(monkeypatch):
+    """Each does what it says to the model."""
+    import ablation
+    for name in ("Block", "CausalSelfAttention", "GPT"):
+        monkeypatch.setattr(getattr(train_gpt2, name), "__init__", getattr(train_gpt2, name).__init__)
+    monkeypatch.setattr(train_gpt2, "apply_rope", train_gpt2.apply_rope)
+    attention = lambda model: model.transformer.h[0].attn
+    assert attention(tiny_model()).c_attn.weight.parts == [32, 16, 16]
+    ablation.matrix_per_head()
+    assert attention(tiny_model()).c_attn.weight.parts == [8] * 8
+    ablation.whole_matrices()
+    assert not hasattr(attention(tiny_model()).c_attn.weight, "parts")
+    before = tiny_model()
+    ablation.zero_projections()
+    x = before.transformer.wte(torch.tensor([[1, 2, 3]]))
+    assert torch.equal(tiny_model().transformer.h[0](x, None, None), x)
+    ablation.untied_head()
+    model = tiny_model()
+    assert model.lm_head.weight is not model.transformer.wte.weight and (model.lm_head.weight == 0).all()
+    ablation.rope_by_head()
+    q = torch.randn(1, 1, 4, 8).expand(1, 5, 4, 8)  # the same query at five times
+    turned = train_gpt2.apply_rope(q, *train_gpt2.rope_tables(5, 8))
+    assert torch.equal(turned[:, 0], turned[:, 4]) and not torch.equal(turned[..., 1, :], q[..., 1, :])
+
+
+def test_one_step_is_the_runs_first(capsys):
+    """What report/one_step.py prints for the first step of the default run is what that run prints."""
+    import one_step
+    one_step.main()
+    out = capsys.readouterr().out
+    numbers = re.search(r"loss (\S+) \| lr (\S+) \| norm (\S+)$", out.strip()).groups()
+    main("--num_iterations=1 --val_loss_every=0 --sample_every=0 --save_every=0 --device=cpu --output_dir=log".split())
+    assert f"loss {numbers[0]} | lr {numbers[1]} | norm {numbers[2]} |" in capsys.readouterr().out
+    assert f"HeadLoss {numbers[0]}, from the logits above {numbers[0]}" in out
+
+
+def test_bench_measures_ours_and_a_peer(corpus, capsys):
+    """One row for each contender. (What the rows say about time is for people, not for tests.)"""
+    import bench
+    Path("peer.py").write_text("""
+import torch, dataclasses
+@dataclasses.dataclass
+class GPTConfig:
+    n_layer: int = 1; n_head: int = 1; n_embd: int = 8; block_size: int = 8; vocab_size: int = 50257
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate)
+    def forward(self, idx, targets):
+        logits = self.wte(idx) @ self.wte.weight.T
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+""")
+    flags = "--n_layer=1 --n_embd=32 --total_batch_size=256 --batch_size=1 --device=cpu"
+    bench.main([f"tiny {flags}", f"tiny {flags} --arch gpt2 --peer peer.py", "--steps", "2", "--warmup", "0"])
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
+    assert len(rows) == 2 and "(1 x 128 x 2, " in rows[0][1] and float(rows[0][4]) == 1.0
+    assert all(float(row[2]) > 0 and int(row[3].replace(",", "")) > 0 for row in rows)
+    fails(["tiny --peer nowhere.py"], capsys, "--peer nowhere.py", "clone", main=bench.main)
+
+
+def test_plot_draws_our_logs_and_llmcs(capsys):
+    """One picture with the tokens, the losses and the scores of a run of ours and one of llm.c's."""
+    pytest.importorskip("matplotlib", reason="matplotlib, which draws the report's figures, is not installed")
+    import plot
+    Path("llmc").mkdir()
+    Path("llmc/main.log").write_text("s:0 tel:11.0\ns:0 eval:0.2500\ns:1 trl:10.9 lr:0.0001 norm:9\ns:250 tel:6.1\ns:500 tel:5.0\ns:500 eval:0.2955\n")
+    ours = ROOT / "report" / "logs" / "tiny" / "today.1"
+    run, theirs = plot.Run(ours), plot.Run("llmc")
+    assert run.tokens == 2048 and theirs.tokens == 524288 and theirs.series["eval"] == ([0, 500], [0.25, 0.2955])
+    ms = run.series["ms"]
+    assert run.seconds([0, 1]) == pytest.approx([0, ms[1][0] / 1000])  # the first line is about step 0 alone
+    assert run.seconds([11])[0] == pytest.approx(ms[1][0] / 1000 + ms[1][1] / 100)  # the next about ten steps
+    plot.main([str(ours), "llmc", "--out", "both.svg"])
+    svg = Path("both.svg").read_text()
+    for text in ("today.1", "llmc", "million tokens", "seconds of training", "learning rate", "gradient norm", "HellaSwag", "GPT-3 124M"):
+        assert text in svg, text
+    plot.main([str(ours), "llmc", "--out", "again.svg"])
+    assert Path("again.svg").read_text() == svg  # no date, no random names
+    Path("empty").mkdir()
+    Path("empty/main.log").write_text("\n")
+    fails(["empty"], capsys, "nothing to draw", main=plot.main)
+    fails(["nowhere"], capsys, "nowhere/main.log", "--output_dir", main=plot.main)
+
+
+def test_every_figure_of_the_report_is_there():
+    """report/plot.py without arguments makes all that the report shows, out of logs that are there."""
+    pytest.importorskip("matplotlib", reason="matplotlib, which draws the report's figures, is not installed")
+    import plot
+    shown = set(re.findall(r"\(([\w/]+\.svg)\)", DOCUMENTS[1].read_text()))
+    assert shown == set(plot.FIGURES)
+    for name, (group, runs, _) in plot.FIGURES.items():
+        assert (ROOT / "report" / name).read_text().startswith("<?xml")
+        assert all((ROOT / "report" / "logs" / group / f"{run}.1" / "main.log").exists() for run in runs)

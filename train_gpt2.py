@@ -149,8 +149,8 @@ class HeadLoss(torch.autograd.Function):
 
     The logits are what runs out of memory first: of 32 x 1024 tokens they are 6.6 GB in fp32, and autograd would keep more
     than one copy. But their gradient is known as soon as they are: softmax(logits), minus one at the target. So, HEAD_ROWS
-    tokens at a time, we make logits, loss and gradients and drop the logits again. What stays has the size of x and of
-    weight; nothing is computed twice. 8192 tokens of d12 took 3.2 GiB instead of 6.1, and 3.7 s instead of 10 (2 cores)."""
+    tokens at a time, we make logits, loss and gradients and drop the logits again; compiled, only their bf16 form is stored.
+    Nothing is computed twice. 8192 tokens of d12 took 3.2 GiB instead of 6.1, and 3.7 s instead of 10 (2 cores, eager)."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size):

@@ -84,8 +84,8 @@ PATCHES = {f.__name__: f for f in (whole_matrices, matrix_per_head, zero_project
 
 GROUPS = {  # steps; seeds; peak rates of Muon's and of AdamW's runs; the flags that all runs share
     "tiny": (600, (1, 2, 3), 4e-3, 2e-3, "--model tiny --val_loss_every 50 --log_every 10"),
-    "small": (300, (1,), 4e-3, 1.2e-3, "--model d12 --n_layer 6 --n_head 4 --n_embd 128 --sequence_length 256 --batch_size 16 "
-              "--total_batch_size 8192 --warmup_iters 12 --val_loss_every 25 --val_tokens 65536 --log_every 10"),
+    "small": (200, (1,), 4e-3, 1.2e-3, "--model d12 --n_layer 6 --n_head 4 --n_embd 128 --sequence_length 256 --batch_size 16 "
+              "--total_batch_size 8192 --warmup_iters 8 --val_loss_every 20 --val_tokens 65536 --log_every 10"),
     "d12": (2000, (1, 2), 2.4e-3, 1.2e-3, "--model d12 --warmup_iters 100 --val_loss_every 125 --log_every 10")}
 ADAMW = "--optimizer adamw --learning_rate {adamw}"
 HOMEWORK = "--recipe homework --learning_rate {adamw}"
