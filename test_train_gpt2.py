@@ -1965,10 +1965,10 @@ class GPT(torch.nn.Module):
         logits = self.wte(idx) @ self.wte.weight.T
         return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 """)
-    flags = "--n_layer=1 --n_embd=32 --total_batch_size=256 --batch_size=1 --device=cpu"
+    flags = "--n_layer=1 --n_embd=32 --total_batch_size=512 --batch_size=2 --device=cpu"
     bench.main([f"tiny {flags}", f"tiny {flags} --arch gpt2 --peer peer.py", "--steps", "2", "--warmup", "0"])
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
-    assert len(rows) == 2 and "(1 x 128 x 2, " in rows[0][1] and float(rows[0][4]) == 1.0
+    assert len(rows) == 2 and "(2 x 128 x 2, " in rows[0][1] and float(rows[0][4]) == 1.0
     assert all(float(row[2]) > 0 and int(row[3].replace(",", "")) > 0 for row in rows)
     fails(["tiny --peer nowhere.py"], capsys, "--peer nowhere.py", "clone", main=bench.main)
 

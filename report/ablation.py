@@ -27,10 +27,11 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import train_gpt2
 
-LOGS = Path(__file__).resolve().parent / "logs"
+LOGS = ROOT / "report" / "logs"
 
 # ---- what is tried without a flag -----------------------------------------------------------------------------------
 
@@ -93,7 +94,8 @@ RUNS = {  # name: (what it is, flags, share of the steps, patch)
     "today": ("the default", "", 1, None),
     "adamw": ("AdamW instead of Muon", ADAMW, 1, None),
     "no_qk_norm": ("without QK-norm", "--no-qk_norm", 1, None),
-    "cosine": ("cosine to a tenth instead of stable, then linear to zero", "--schedule cosine --learning_rate_decay_frac 0.1", 1, None),
+    "cosine": ("cosine to a tenth instead of stable, then linear to zero",
+               "--schedule cosine --learning_rate_decay_frac 0.1", 1, None),
     "learned": ("learned positions instead of RoPE", "--pos learned", 1, None),
     "gelu": ("GELU instead of SwiGLU", "--mlp gelu", 1, None),
     "layernorm": ("LayerNorm instead of RMSNorm", "--norm layernorm", 1, None),
@@ -138,8 +140,8 @@ def make(group, name, seed, data, threads):
     flags = [*flags_of(group, name, data), f"--seed={seed}"]
     program = ["report/ablation.py", "--patched", patch.__name__] if patch else ["train_gpt2.py"]
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([sys.executable, Path(__file__).parent.parent / program[0], *program[1:], *flags, f"--output_dir={folder}/run"],
-                              env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
+        command = [sys.executable, ROOT / program[0], *program[1:], *flags, f"--output_dir={folder}/run"]
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{name}.{seed}: {done.stderr.strip()}")
         log = Path(folder, "run", "main.log").read_text()
@@ -167,7 +169,8 @@ def table(group):
             both = [losses[seed] - base[seed] for seed in losses if seed in base]  # the same data in the same order
             error = f" ± {statistics.stdev(both) / math.sqrt(len(both)):.3f}" if len(both) > 1 and any(both) else ""
             change = f"{statistics.mean(both):+.3f}{error}" if name != "today" and both else ""
-            lines.append(f"| {what} | {round(share * steps)} | {statistics.mean(losses.values()):.3f} | {change} | {len(losses)} |")
+            mean = statistics.mean(losses.values())
+            lines.append(f"| {what} | {round(share * steps)} | {mean:.3f} | {change} | {len(losses)} |")
     return "\n".join(lines)
 
 def main(argv):

@@ -121,18 +121,20 @@ def main(argv):
         for contender in contenders:
             contender.turn()
     device = contenders[0].device
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    threads = f"{device.type}, {torch.get_num_threads()} threads"
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
     peak = next((1e12 * value for name, value in train_gpt2.PEAK.items() if name in card), None)
     print(f"{card}, torch {torch.__version__}, {datetime.date.today()}, median of {args.steps} steps after {args.warmup + 1}\n")
-    print("| model and flags (sequences x tokens x micro-batches) | ms | tokens/s | x the first | MFU | peak GiB | first step, s |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| model, flags (sequences x tokens x micro-batches) | ms | tokens/s | x the first | MFU | peak GiB | first step, s |\n"
+          "| --- | --- | --- | --- | --- | --- | --- |")
     for contender in contenders:
         seconds = statistics.median(contender.times[args.warmup:])
         speed = contender.tokens / seconds
         ratio = statistics.median(contenders[0].times[args.warmup:]) / contenders[0].tokens * speed
         mfu = f"{speed * contender.flops / peak:.1%}" if peak else "-"
         memory = f"{contender.peak / 2**30:.1f}" if contender.peak else "-"
-        print(f"| {contender.name} | {1000 * seconds:.1f} | {speed:,.0f} | {ratio:.2f} | {mfu} | {memory} | {contender.first:.1f} |")
+        print(f"| {contender.name} | {1000 * seconds:.1f} | {speed:,.0f} | {ratio:.2f} | {mfu} | {memory} | "
+              f"{contender.first:.1f} |")
 
 if __name__ == "__main__":
     main(sys.argv[1:])

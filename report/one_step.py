@@ -46,7 +46,8 @@ def main():
     # ---- the forward pass, block by block
     with torch.no_grad(), autocast():
         h = model.transformer.wte(x)
-        say(f"wte: each id's row of the table, {tuple(h.shape)} = (B, T, C)", f"h[0, 0] = {some(h[0, 0])}, standard deviation {h.std():.4f}")
+        say(f"wte: each id's row of the table, {tuple(h.shape)} = (B, T, C)",
+            f"h[0, 0] = {some(h[0, 0])}, standard deviation {h.std():.4f}")
         block, rope = model.transformer.h[0], (model.cos[:T], model.sin[:T])
         n = block.ln_1(h)
         rms = lambda v: v.float().pow(2).mean(-1).sqrt().mean()
@@ -58,19 +59,22 @@ def main():
         say(f"c_attn: one product, {tuple(qkv.shape)} = (B, T, (n_head + 2 n_kv_head) D)",
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: two query heads to each key/value head")
         q, k = attn.q_norm(q.float()), attn.k_norm(k.float())
-        say("QK-norm: every head's queries and keys get the length sqrt(D)", f"|q| = {q.norm(dim=-1).mean():.3f}, sqrt({D}) = {math.sqrt(D):.3f}")
+        say("QK-norm: every head's queries and keys get the length sqrt(D)",
+            f"|q| = {q.norm(dim=-1).mean():.3f}, sqrt({D}) = {math.sqrt(D):.3f}")
         r = apply_rope(q, *rope)
+        pair = lambda v, t: f"({v[0, t, 0, 0]:+.3f}, {v[0, t, 0, D // 2]:+.3f})"
         say("apply_rope: pair i of a query at time t is turned by t * 10000^(-2i/D); lengths stay",
-            f"pair 0 of q[0, 0]: ({q[0, 0, 0, 0]:+.3f}, {q[0, 0, 0, D // 2]:+.3f}) -> ({r[0, 0, 0, 0]:+.3f}, {r[0, 0, 0, D // 2]:+.3f}), at time 0 as it was",
-            f"pair 0 of q[0, 1]: ({q[0, 1, 0, 0]:+.3f}, {q[0, 1, 0, D // 2]:+.3f}) -> ({r[0, 1, 0, 0]:+.3f}, {r[0, 1, 0, D // 2]:+.3f}), turned by 1 radian")
-        same = q[:1, :1].expand(1, T, -1, -1)  # one query and one key, the same at all times
-        turned_q, turned_k = apply_rope(same, *rope)[0, :, 0], apply_rope(k[:1, :1].expand(1, T, -1, -1), *rope)[0, :, 0]
+            f"pair 0 of q[0, 0]: {pair(q, 0)} -> {pair(r, 0)}, at time 0 as it was",
+            f"pair 0 of q[0, 1]: {pair(q, 1)} -> {pair(r, 1)}, turned by 1 radian")
+        one_q, one_k = (apply_rope(v[:1, :1].expand(1, T, -1, -1), *rope)[0, :, 0] for v in (q, k))  # (T, D), one at all times
+        product = lambda t, u: f"at times {t} and {u} {(one_q[t] * one_k[u]).sum():+.4f}"
         say("so q·k knows the distance and nothing else of the two times",
-            f"the same q and k, 3 apart: at times 3 and 0 {(turned_q[3] * turned_k[0]).sum():+.4f}, at times 100 and 97 {(turned_q[100] * turned_k[97]).sum():+.4f}")
-        scores = (apply_rope(q, *rope)[0, :, 0] @ apply_rope(k, *rope)[0, :, 0].T / math.sqrt(D)).masked_fill(
-            torch.ones(T, T).triu(1).bool(), -math.inf)
+            f"the same q and k, 3 apart: {product(3, 0)}, {product(100, 97)}")
+        future = torch.ones(T, T, dtype=torch.bool).triu(1)
+        scores = (r[0, :, 0] @ apply_rope(k, *rope)[0, :, 0].T / math.sqrt(D)).masked_fill(future, -math.inf)  # (T, T)
+        weights = lambda t: [round(w, 3) for w in F.softmax(scores[t].float(), -1)[:t + 1].tolist()]
         say("attention, head 0 of sequence 0: softmax(q k^T / sqrt(D)) over the past; flash attention never stores this matrix",
-            *(f"time {t} looks at times 0 ... {t} with weights {[round(w, 3) for w in F.softmax(scores[t], -1)[:t + 1].tolist()]}" for t in (0, 1, 3)))
+            *(f"time {t} looks at times 0 to {t} with weights {weights(t)}" for t in (0, 1, 3)))
         for i, block in enumerate(model.transformer.h):
             a = block.attn(block.ln_1(h), rope, None)
             m = block.mlp(block.ln_2(h + a))
@@ -85,19 +89,18 @@ def main():
         p = F.softmax(logits, dim=-1)
         say(f"ln_f, then lm_head, which is wte again: logits {tuple(logits.shape)} = (B, T, vocabulary)",
             f"logits[0, 0] = {some(logits[0, 0])}, standard deviation {logits.std():.3f}",
-            f"the right next byte gets probability {p.gather(2, y[..., None]).mean():.5f} on average; an even guess gives {1 / V:.5f}")
+            f"the right next byte gets probability {p.gather(2, y[..., None]).mean():.5f} on average, evenly it were {1 / V:.5f}")
         by_hand = F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
     # ---- loss, gradient, update
     with autocast():
         loss = model(x, y)
-    say("loss: the mean of -log p(right next byte), in nats a byte", f"HeadLoss {loss:.6f}, from the logits above {by_hand:.6f}, "
-        f"of an even guess log {V} = {math.log(V):.6f}")
+    say("loss: the mean of -log p(right next byte), in nats a byte",
+        f"HeadLoss {loss:.6f}, from the logits above {by_hand:.6f}, of an even guess log {V} = {math.log(V):.6f}")
     loss.backward()
-    sizes = {name: p.grad.norm().item() for name, p in model.named_parameters()}
+    order = sorted(model.named_parameters(), key=lambda named: -named[1].grad.norm())
     say("backward: a gradient for each parameter; the largest and the smallest norms",
-        *(f"{name:34s} {tuple(dict(model.named_parameters())[name].shape)!s:12s} {sizes[name]:.4f}"
-          for name in (lambda order: order[:3] + order[-2:])(sorted(sizes, key=sizes.get, reverse=True))))
+        *(f"{name:34s} {tuple(p.shape)!s:12s} {p.grad.norm():.4f}" for name, p in order[:3] + order[-2:]))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
     say("clipping", f"norm of all gradients together {norm:.4f}: each is multiplied by {min(1.0, args.grad_clip / norm):.4f}")
     lr = get_lr(0, args)
@@ -110,15 +113,20 @@ def main():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     step = {name: p.detach() - before[name] for name, p in model.named_parameters()}
-    q_step = step["transformer.h.0.attn.c_attn.weight"][:C] / -lr
-    spread = lambda m: (lambda s: f"largest {s[0]:.4f}, median {s[len(s) // 2]:.4f}, smallest {s[-1]:.4f}")(torch.linalg.svdvals(m))
+    q_step = step["transformer.h.0.attn.c_attn.weight"][:C] / (-lr * 0.2 * math.sqrt(C))
     size = lambda name: f"weight {before[name].pow(2).mean().sqrt():.5f}, step {step[name].pow(2).mean().sqrt():.2e}"
-    say("AdamW on the table: every number moves by about the rate, whatever its gradient", f"root mean squares: {size('transformer.wte.weight')}")
-    say("Muon on block 0's queries: the step has the gradient's directions, all at about one size", f"singular values of the gradient: {spread(q_grad)}",
-        f"of the step, over the rate:      {spread(q_step)}", f"root mean squares: {size('transformer.h.0.attn.c_attn.weight')}")
+    say("AdamW on the table: every number moves by about the rate, whatever its gradient",
+        f"root mean squares: {size('transformer.wte.weight')}")
+    values = lambda m: "largest {:.4f}, a quarter {:.4f}, half {:.4f}, smallest {:.4f}".format(
+        *torch.linalg.svdvals(m).quantile(torch.tensor([1, 0.75, 0.5, 0.0])))
+    say("Muon on block 0's queries: the gradient's directions, the small ones raised to the size of the large",
+        f"singular values of the gradient: {values(q_grad)}",
+        f"of the step / rate / its scale:  {values(q_step)}",
+        f"root mean squares: {size('transformer.h.0.attn.c_attn.weight')}")
     with torch.no_grad(), autocast():
         after = model(x, y)
-    say("and the same batch again", f"loss {loss:.6f} -> {after:.6f}", "train() goes on with the next batch: 599 steps more, and it writes Python")
+    say("and the same batch again", f"loss {loss:.6f} -> {after:.6f}",
+        "train() goes on with the next batch: 599 steps more, and it writes Python")
     print(f"\nwhat `python train_gpt2.py` prints for this step: loss {loss:.6f} | lr {lr:.2e} | norm {norm:.4f}")
 
 if __name__ == "__main__":

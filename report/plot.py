@@ -106,7 +106,8 @@ def overview(runs, out, kinds=tuple(PANELS)):
     if not kinds:
         train_gpt2.die("these logs have no line like s:250 tel:4.1234: nothing to draw")
     columns = min(2, len(kinds))
-    figure, axes = plt.subplots(-(-len(kinds) // columns), columns, figsize=(4.4 * columns, 3 * -(-len(kinds) // columns)), squeeze=False)
+    rows = -(-len(kinds) // columns)  # rounded up
+    figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3 * rows), squeeze=False)
     for ax in axes.flat[len(kinds):]:
         ax.remove()
     for kind, ax in zip(kinds, axes.flat):
@@ -121,7 +122,7 @@ FIGURES = {  # of report/README.md: group of logs, {run: name}, panels
     "loss_tiny.svg": ("tiny", THREE, ("tel", "ms")),
     "loss_small.svg": ("small", THREE, ("tel", "ms")),
     "recipes.svg": ("tiny", {"homework": "homework's recipe", "today": "today's recipe"}, ("lr", "norm")),
-    "rope.svg": ("tiny", {"today": "RoPE, turned by time", "learned": "learned positions", "rope_by_head": "RoPE, turned by head"}, ("tel",))}
+    "rope.svg": ("tiny", {"today": "turned by time", "learned": "learned", "rope_by_head": "turned by head"}, ("tel",))}
 
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
