@@ -22,11 +22,12 @@ import time
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt2
 
-def load_peer(path, config, args, autocast):
+def load_peer(path, config, args):
     """(model, optimizers, loss function) of another repository's GPT in config's shape."""
     if not Path(path).is_file():
         train_gpt2.die(f"--peer {path}: no such file, clone llm.c or nanoGPT and name its train_gpt2.py or model.py")
@@ -38,11 +39,10 @@ def load_peer(path, config, args, autocast):
     shape = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, block_size=config.block_size)
     if args.tokenizer == "bytes":  # else the peer's own choice: llm.c takes 50257, nanoGPT 50304
         shape["vocab_size"] = config.vocab_size
-    model = peer.GPT(peer.GPTConfig(**shape))
-    device_type = {"device_type": args.device.type, "zero_stage": 0}
-    known = inspect.signature(model.configure_optimizers).parameters
+    model = peer.GPT(peer.GPTConfig(**shape)).to(args.device)  # moved after it is made: llm.c draws its weights on the CPU
+    more = {"zero_stage": 0} if "zero_stage" in inspect.signature(model.configure_optimizers).parameters else {}
     optimizer = model.configure_optimizers(weight_decay=args.weight_decay, learning_rate=args.learning_rate, betas=(0.9, 0.95),
-                                           **{name: value for name, value in device_type.items() if name in known})
+                                           device_type=args.device.type, **more)
     flags = {"return_logits": False} if "return_logits" in inspect.signature(model.forward).parameters else {}
     return model, [optimizer], lambda forward, x, y: forward(x, y, **flags)[1]
 
@@ -63,13 +63,12 @@ class Contender:
         torch.manual_seed(args.seed)
         with torch.device("meta"):
             counted = train_gpt2.GPT(config)
-        with device:
-            if peer.peer:
-                model, optimizers, loss_of = load_peer(peer.peer, config, args, autocast)
-            else:
+        if peer.peer:
+            model, optimizers, loss_of = load_peer(peer.peer, config, args)
+        else:
+            with device:
                 model = train_gpt2.GPT(config)
-                optimizers, loss_of = train_gpt2.make_optimizers(model, args), lambda forward, x, y: forward(x, y)
-        model.to(device)
+            optimizers, loss_of = train_gpt2.make_optimizers(model, args), lambda forward, x, y: forward(x, y)
         compiled = args.compile if args.compile is not None else device.type == "cuda"
         forward = torch.compile(model, dynamic=False) if compiled else model
         sequences = args.total_batch_size // args.sequence_length
@@ -91,7 +90,8 @@ class Contender:
             loss.item()  # waits for the device
         self.step, self.times, self.peak = step, [], 0
         start = time.time()
-        step()
+        with torch._inductor.config.patch(coordinate_descent_tuning=bool(peer.peer)):  # as llm.c's script does
+            step()
         self.first = time.time() - start
         self.own = self.memory(device) - before  # what stays between steps
 
