@@ -1906,9 +1906,13 @@ def test_ablation_makes_and_keeps_a_run(monkeypatch, corpus, capsys):
     losses = [re.findall(r"tel:(\S+)", text) for text in kept.values()]
     assert len(losses[0]) == 2 and losses[0] != losses[1]
     assert "| RoPE turned by head instead of by time | 2 |" in capsys.readouterr().out
-    Path("logs/tiny/today.1/main.log").write_text("s:2 tel:9.0\n")
+    for name, curve in (("today", (10, 6, 4)), ("gpt2", (10, 9, 8)), ("adamw", (10, 9, 8.5))):
+        Path(f"logs/tiny/{name}.1").mkdir(exist_ok=True)
+        Path(f"logs/tiny/{name}.1/main.log").write_text("".join(f"s:{step} tel:{loss}\n" for step, loss in enumerate(curve)))
     ablation.main(command)
-    assert "| the default | 2 | 9.000 |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| the default | 2 | 4.000 |  | 25% | 1 |" in out  # half a step of two to get from 10 to 8
+    assert "| AdamW instead of Muon | 2 | 8.500 | +4.500 | - | 1 |" in out and "(AdamW) | 2 | 8.000 | +4.000 | 100% | 1 |" in out
 
 
 def test_ablations_patches(monkeypatch):

@@ -111,6 +111,8 @@ RUNS = {  # name: (what it is, flags, share of the steps, patch)
     "zero_projections": ("output projections start at zero", "", 1, zero_projections),
     "untied_head": ("a head of its own, which starts at zero", "", 1, untied_head),
     "rope_by_head": ("RoPE turned by head instead of by time", "", 1, rope_by_head),
+    "today_half": ("the default, half its rate", "--learning_rate {muon_half}", 1, None),
+    "today_twice": ("the default, twice its rate", "--learning_rate {muon_twice}", 1, None),
     "adamw_half": ("the variant, the homework's recipe, half its rate", HOMEWORK.replace("adamw", "half"), 1, None),
     "adamw_twice": ("the variant, the homework's recipe, twice its rate", HOMEWORK.replace("adamw", "twice"), 1, None),
     "gpt2_half": ("GPT-2, the homework's recipe, half its rate", f"--arch gpt2 {HOMEWORK}".replace("adamw", "half"), 1, None),
@@ -120,7 +122,8 @@ def flags_of(group, name, data):
     steps, _, muon, adamw, shared = GROUPS[group]
     _, flags, share, _ = RUNS[name]
     n_head = 12 if group == "d12" else 4
-    flags = flags.format(adamw=f"{adamw:g}", half=f"{adamw / 2:g}", twice=f"{adamw * 2:g}", n_head=n_head)
+    flags = flags.format(adamw=f"{adamw:g}", half=f"{adamw / 2:g}", twice=f"{adamw * 2:g}", muon_half=f"{muon / 2:g}",
+                         muon_twice=f"{muon * 2:g}", n_head=n_head)
     if "--learning_rate " not in flags:
         flags = f"--learning_rate {muon:g} {flags}"
     flags = f"{shared} --sample_every 0 --save_every 0 --num_iterations {round(share * steps)} {flags}"
@@ -153,24 +156,35 @@ def make(group, name, seed, data, threads):
 
 # ---- the tables -----------------------------------------------------------------------------------------------------
 
-def final(group, name):
-    """{seed: last validation loss} of the runs that there are."""
+def curves(group, name):
+    """{seed: [(step, validation loss), ...]} of the runs that there are."""
     logs = (LOGS / group).glob(f"{name}.*/main.log")
-    return {log.parent.suffix[1:]: float(re.findall(r"tel:(\S+)", log.read_text())[-1]) for log in logs}
+    return {log.parent.suffix[1:]: [(int(step), float(loss)) for step, loss in re.findall(r"s:(\d+) tel:(\S+)", log.read_text())]
+            for log in logs}
+
+def passes(curve, loss):
+    """The step at which a curve first is at loss, on straight lines between its points; None: it never is."""
+    for (a, above), (b, below) in zip(curve, curve[1:]):
+        if below <= loss:
+            return a + (b - a) * (above - loss) / (above - below)
 
 def table(group):
-    """Markdown: the mean over seeds, and the difference to the default's with its standard error."""
+    """Markdown: the mean over seeds, the difference to the default's with its standard error, and the share of GPT-2's tokens
+    after which a run is where GPT-2 with AdamW ends, each with the same seed: the same data in the same order."""
     steps, *_ = GROUPS[group]
-    base = final(group, "today")
-    lines = ["| run | steps | validation loss | to the default | seeds |", "| --- | --- | --- | --- | --- |"]
+    base, gpt2 = curves(group, "today"), curves(group, "gpt2")
+    lines = ["| run | steps | validation loss | to the default | at GPT-2's end after | seeds |",
+             "| --- | --- | --- | --- | --- | --- |"]
     for name, (what, _, share, _) in RUNS.items():
-        losses = final(group, name)
-        if losses:
-            both = [losses[seed] - base[seed] for seed in losses if seed in base]  # the same data in the same order
-            error = f" ± {statistics.stdev(both) / math.sqrt(len(both)):.3f}" if len(both) > 1 and any(both) else ""
+        runs = curves(group, name)
+        if runs:
+            both = [runs[seed][-1][1] - base[seed][-1][1] for seed in runs if seed in base]
+            error = f" ± {statistics.stdev(both) / math.sqrt(len(both)):.3f}" if len(both) > 1 else ""
             change = f"{statistics.mean(both):+.3f}{error}" if name != "today" and both else ""
-            mean = statistics.mean(losses.values())
-            lines.append(f"| {what} | {round(share * steps)} | {mean:.3f} | {change} | {len(losses)} |")
+            ends = [passes(curve, gpt2[seed][-1][1]) for seed, curve in runs.items() if seed in gpt2]
+            reached = f"{statistics.mean(ends) / steps:.0%}" if ends and None not in ends else "-"
+            mean = statistics.mean(curve[-1][1] for curve in runs.values())
+            lines.append(f"| {what} | {round(share * steps)} | {mean:.3f} | {change} | {reached} | {len(runs)} |")
     return "\n".join(lines)
 
 def main(argv):

@@ -125,7 +125,7 @@ def main(argv):
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
     peak = next((1e12 * value for name, value in train_gpt2.PEAK.items() if name in card), None)
     print(f"{card}, torch {torch.__version__}, {datetime.date.today()}, median of {args.steps} steps after {args.warmup + 1}\n")
-    print("| model, flags (sequences x tokens x micro-batches) | ms | tokens/s | x the first | MFU | peak GiB | first step, s |\n"
+    print("| model, flags (sequences x tokens x micro-batches) | ms | tokens/s | x first | MFU | peak GiB | first step, s |\n"
           "| --- | --- | --- | --- | --- | --- | --- |")
     for contender in contenders:
         seconds = statistics.median(contender.times[args.warmup:])
