@@ -1826,16 +1826,19 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "report" / "README.md"]
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_links_lead_somewhere(document):
-    """Every relative link is to a file that is there, and one to a line is to the line that its text names."""
+    """Every relative link is to a file that is there; one to a line is to the line that its text names, one to a heading to one."""
     links = re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", document.read_text())
     links = [(text, link) for text, link in links if "://" not in link]
     assert links
     for text, link in links:
-        path, _, line = link.partition("#L")
-        target = document.parent / path
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
         assert target.exists(), f"{document}: {link}"
-        if line:
-            assert text.strip("`") in target.read_text().splitlines()[int(line) - 1], f"{document}: {text} is not in {link}"
+        if re.fullmatch(r"L\d+", anchor):
+            assert text.strip("`") in target.read_text().splitlines()[int(anchor[1:]) - 1], f"{document}: {text} is not in {link}"
+        elif anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], link
 
 
 def commands():
