@@ -2004,9 +2004,14 @@ def test_plot_draws_our_logs_and_llmcs(capsys):
     fails(["nowhere"], capsys, "nowhere/main.log", "--output_dir", main=plot.main)
 
 
+def test_plot_says_what_it_needs(capsys, monkeypatch):
+    import plot
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    fails([str(ROOT / "report" / "logs" / "tiny" / "today.1")], capsys, "pip install matplotlib", main=plot.main)
+
+
 def test_every_figure_of_the_report_is_there():
     """report/plot.py without arguments makes all that the report shows, out of logs that are there."""
-    pytest.importorskip("matplotlib", reason="matplotlib, which draws the report's figures, is not installed")
     import plot
     shown = set(re.findall(r"\(([\w/]+\.svg)\)", DOCUMENTS[1].read_text()))
     assert shown == set(plot.FIGURES)

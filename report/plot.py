@@ -15,11 +15,7 @@ import shlex
 import sys
 from pathlib import Path
 
-import matplotlib
 import torch
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
 
 REPORT = Path(__file__).resolve().parent
 sys.path.insert(0, str(REPORT.parent))
@@ -27,8 +23,8 @@ import train_gpt2
 
 # published: OpenAI's GPT-2 and GPT-3 on HellaSwag, completion style, and OpenAI's 124M on FineWeb (llm.c, discussion 481)
 HELLASWAG = {"GPT-2 124M": 0.294, "GPT-3 124M": 0.337, "GPT-2 350M": 0.375, "GPT-3 350M": 0.436}
-plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "train_gpt2", "font.size": 9, "axes.spines.top": False,
-                     "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True})
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "train_gpt2", "font.size": 9, "axes.spines.top": False,
+         "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True}
 
 class Run:
     """A main.log: series[kind] is a pair of lists, steps and values; kind is tel, trl, lr, norm, ms or eval."""
@@ -102,6 +98,13 @@ PANELS = {  # what it needs in a log: how it is drawn
 
 def overview(runs, out, kinds=tuple(PANELS)):
     """A figure of the panels that at least one run has the numbers for, in two columns."""
+    try:
+        import matplotlib
+        matplotlib.use("svg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        train_gpt2.die("plot.py draws with matplotlib: pip install matplotlib")
+    plt.rcParams.update(STYLE)
     kinds = [kind for kind in kinds if any(kind in run.series for run in runs)]
     if not kinds:
         train_gpt2.die("these logs have no line like s:250 tel:4.1234: nothing to draw")
