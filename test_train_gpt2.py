@@ -603,18 +603,19 @@ def test_micro_batch_choice(monkeypatch):
 TWO = [*SMALL, "--num_iterations=10", "--batch_size=4", "--optimizer=adamw", "--learning_rate=3e-3"]
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
-def test_two_processes_train_as_one(corpus, zero_stage):
+@pytest.mark.parametrize("optimizer, zero_stage", [("adamw", 0), ("adamw", 1), ("muon", 1)])
+def test_two_processes_train_as_one(corpus, optimizer, zero_stage):
     """The losses of 10 steps agree to 1e-4, validations too, and either run can be resumed by the other kind."""
-    main([*TWO, *corpus, "--output_dir=one"])
-    torchrun(2, *TWO, *corpus, f"--zero_stage={zero_stage}", "--output_dir=two")
+    flags = [*TWO, *corpus, f"--optimizer={optimizer}"]
+    main([*flags, "--output_dir=one"])
+    torchrun(2, *flags, f"--zero_stage={zero_stage}", "--output_dir=two")
     one, two = log_of("one"), log_of("two")
     assert len(one) == 10 and two == pytest.approx(one, abs=1e-4)
     assert log_of("two", "tel") == pytest.approx(log_of("one", "tel"), abs=1e-4)
     # on from step 10 to 14, both on the other number of processes
-    main([*TWO, *corpus, "--output_dir=two", "--num_iterations=14", "--resume"])
-    torchrun(2, *TWO, *corpus, f"--zero_stage={zero_stage}", "--output_dir=one", "--num_iterations=14", "--resume")
-    main([*TWO, *corpus, "--output_dir=straight", "--num_iterations=14"])
+    main([*flags, "--output_dir=two", "--num_iterations=14", "--resume"])
+    torchrun(2, *flags, f"--zero_stage={zero_stage}", "--output_dir=one", "--num_iterations=14", "--resume")
+    main([*flags, "--output_dir=straight", "--num_iterations=14"])
     assert log_of("one") == pytest.approx(log_of("two"), abs=1e-4) and len(log_of("one")) == 14
 
 
