@@ -10,7 +10,7 @@ Launch it:
     python train_gpt2.py --sample logtiny/best.pt --prompt "def "                # let a checkpoint write
 
 The model is a variant of GPT-2: RMSNorm, SwiGLU, rotary positions and grouped-query attention. Each is a switch
-(--norm, --mlp, --pos, --n_kv_head, --bias, --qk_norm), and --arch gpt2 turns all of them back to 2019. report/ says what each brings.
+(--norm, --mlp, --pos, --n_kv_head, --bias, --qk_norm), and --arch gpt2 turns all of them back to 2019. See also report/README.md.
 In comments B is the batch, T the time (position in a sequence), C = n_embd, D = C / n_head the width of one head.
 """
 import argparse, codecs, contextlib, ctypes, functools, gc, glob, hashlib, math, os, re, shlex, signal, sys, sysconfig, time
