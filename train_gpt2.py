@@ -47,7 +47,7 @@ class GPTConfig:
     mlp: str = "swiglu"        # or gelu
     pos: str = "rope"          # or learned
     bias: bool = False         # in linear layers and LayerNorm
-    qk_norm: bool = False      # RMSNorm on each head's queries and keys
+    qk_norm: bool = False      # RMSNorm on each head's queries and keys; the command line's default is True
 
     def __post_init__(self):
         if self.n_kv_head == 0:  # d48's 25 heads have no half: the grouping nearest to 2 that divides 25 is 1
@@ -88,7 +88,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.D = config.n_head, config.n_kv_head, config.n_embd // config.n_head
         self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * self.D, bias=config.bias)
-        self.c_attn.weight.parts = [heads * self.D for heads in (config.n_head, config.n_kv_head, config.n_kv_head)]  # for Muon
+        self.c_attn.weight.parts = [heads * self.D for heads in (config.n_head, config.n_kv_head, config.n_kv_head)]  # see Muon
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.qk_norm = config.qk_norm
         if config.qk_norm:  # as Qwen3: bounds q·k, so that no head's softmax saturates at a high learning rate
@@ -163,7 +163,7 @@ class HeadLoss(torch.autograd.Function):
             hit = logp.gather(1, target)
             loss -= hit.sum()
             if dx is not None:
-                dlogits = logp.exp_().to(logits.dtype).scatter_(1, target, hit.expm1().to(logits.dtype))
+                dlogits = logp.exp_().to(logits.dtype).scatter_(1, target, hit.expm1().to(logits.dtype))  # expm1: softmax - 1
                 dx[rows] = dlogits @ weight
                 dw += dlogits.T @ x[rows]
         ctx.save_for_backward(dx, dw)
@@ -355,8 +355,8 @@ class Muon(torch.optim.Optimizer):
                 if p not in self.state:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                step = p.grad.lerp_(average, group["momentum"])  # Nesterov's: where momentum will be next. In p's gradient,
-                for part in step.split(getattr(p, "parts", len(p))):  # and these are views of it
+                p.grad.lerp_(average, group["momentum"])  # Nesterov's: where momentum will be next. It replaces the gradient,
+                for part in p.grad.split(getattr(p, "parts", len(p))):  # and the parts, views of it, are orthogonalised in place
                     part = part if part.size(0) <= part.size(1) else part.T
                     same_shape.setdefault(part.shape, []).append(part)
             for (rows, cols), parts in same_shape.items():
@@ -481,7 +481,7 @@ MODELS = {
         output_dir="logtiny", n_layer=4, n_head=4, n_embd=128, tokenizer="bytes", sequence_length=128, total_batch_size=2048,
         num_iterations=600, learning_rate=4e-3, warmup_iters=20, val_loss_every=200, sample_every=200, save_every=200,
         log_every=20, prompt="def ", temperature=0.7)}
-for size, log, twin, n_layer, n_head, n_embd, rate in (  # rates fall with size as in GPT-3's table 2.1: 6, 3, 2.5, 2e-4
+for size, log, twin, n_layer, n_head, n_embd, rate in (  # rates fall as in GPT-3's table 2.1: 6, 3, 2.5, 2, all e-4
         ("d12", "124M", "gpt2", 12, 12, 768, 2.4e-3), ("d24", "350M", "gpt2-medium", 24, 16, 1024, 1.2e-3),
         ("d36", "774M", "gpt2-large", 36, 20, 1280, 1e-3), ("d48", "1558M", "gpt2-xl", 48, 25, 1600, 8e-4)):
     MODELS[size] = dict(output_dir=f"log{log}", n_layer=n_layer, n_head=n_head, n_embd=n_embd, learning_rate=rate)

@@ -35,49 +35,45 @@ LOGS = ROOT / "report" / "logs"
 
 # ---- what is tried without a flag -----------------------------------------------------------------------------------
 
+def after_init(module_class, change):
+    """From now on change(module, config) is called on every new module of that class."""
+    init = module_class.__init__
+    def changed(module, config):
+        init(module, config)
+        change(module, config)
+    module_class.__init__ = changed
+
 def whole_matrices():
     """Muon on the merged matrices as they are: queries, keys and values in one, gate and up in one."""
-    init = train_gpt2.Block.__init__
-    def changed(block, config):
-        init(block, config)
+    def change(block, config):
         del block.attn.c_attn.weight.parts, block.mlp.c_fc.weight.parts
-    train_gpt2.Block.__init__ = changed
+    after_init(train_gpt2.Block, change)
 
 def matrix_per_head():
     """Muon on each head's queries, keys and values apart."""
-    init = train_gpt2.CausalSelfAttention.__init__
-    def changed(attention, config):
-        init(attention, config)
+    def change(attention, config):
         attention.c_attn.weight.parts = [attention.D] * (config.n_head + 2 * config.n_kv_head)
-    train_gpt2.CausalSelfAttention.__init__ = changed
+    after_init(train_gpt2.CausalSelfAttention, change)
 
 def zero_projections():
     """The matrices that write into the residual stream start at zero, so that at first every block passes x on."""
-    init = train_gpt2.GPT.__init__
-    def changed(model, config):
-        init(model, config)
+    def change(model, config):
         for name, p in model.named_parameters():
             if name.endswith("c_proj.weight"):
                 torch.nn.init.zeros_(p)
-    train_gpt2.GPT.__init__ = changed
+    after_init(train_gpt2.GPT, change)
 
 def untied_head():
     """The head has a matrix of its own, which starts at zero: more parameters by one table."""
-    init = train_gpt2.GPT.__init__
-    def changed(model, config):
-        init(model, config)
+    def change(model, config):
         model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.transformer.wte.weight))
-    train_gpt2.GPT.__init__ = changed
+    after_init(train_gpt2.GPT, change)
 
 def rope_by_head():
-    """The homework's slip: its rotation expected (B, T, heads, D) and got (B, heads, T, D), so that the angle grew with the
-    number of the head and was the same at every time. With its order of the dimensions, attention sees no position."""
-    def changed(x, cos, sin):  # x (B, T, heads, D)
-        heads = x.size(2)
-        a, b = x.chunk(2, dim=-1)
-        cos, sin = cos[:heads], sin[:heads]  # (heads, D/2): one angle a head
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-    train_gpt2.apply_rope = changed
+    """The homework's slip: a rotation that expects (B, T, heads, D) is handed (B, heads, T, D), so that the angle grows with
+    the number of the head and is the same at every time."""
+    apply_rope = train_gpt2.apply_rope
+    train_gpt2.apply_rope = lambda x, cos, sin: apply_rope(x.transpose(1, 2), cos[:x.size(2)], sin[:x.size(2)]).transpose(1, 2)
 
 PATCHES = {f.__name__: f for f in (whole_matrices, matrix_per_head, zero_projections, untied_head, rope_by_head)}
 
@@ -88,11 +84,10 @@ GROUPS = {  # steps; seeds; peak rates of Muon's and of AdamW's runs; the flags 
     "small": (200, (1,), 4e-3, 1.2e-3, "--model d12 --n_layer 6 --n_head 4 --n_embd 128 --sequence_length 256 --batch_size 16 "
               "--total_batch_size 8192 --warmup_iters 8 --val_loss_every 20 --val_tokens 65536 --log_every 10"),
     "d12": (2000, (1, 2), 2.4e-3, 1.2e-3, "--model d12 --warmup_iters 100 --val_loss_every 125 --log_every 10")}
-ADAMW = "--optimizer adamw --learning_rate {adamw}"
-HOMEWORK = "--recipe homework --learning_rate {adamw}"
+HOMEWORK = "--recipe homework --learning_rate "
 RUNS = {  # name: (what it is, flags, share of the steps, patch)
     "today": ("the default", "", 1, None),
-    "adamw": ("AdamW instead of Muon", ADAMW, 1, None),
+    "adamw": ("AdamW instead of Muon", "--optimizer adamw --learning_rate {adamw}", 1, None),
     "no_qk_norm": ("without QK-norm", "--no-qk_norm", 1, None),
     "cosine": ("cosine to a tenth instead of stable, then linear to zero",
                "--schedule cosine --learning_rate_decay_frac 0.1", 1, None),
@@ -102,9 +97,9 @@ RUNS = {  # name: (what it is, flags, share of the steps, patch)
     "all_heads": ("a key/value head for each query head", "--n_kv_head {n_head}", 1, None),
     "bias": ("with biases", "--bias", 1, None),
     "gpt2_today": ("GPT-2's architecture, today's recipe", "--arch gpt2", 1, None),
-    "homework": ("the variant, the homework's recipe (AdamW)", HOMEWORK, 1, None),
-    "gpt2": ("GPT-2's architecture, the homework's recipe (AdamW)", f"--arch gpt2 {HOMEWORK}", 1, None),
-    "homework_75": ("the variant with AdamW, 75 % of the tokens", HOMEWORK, 0.75, None),
+    "homework": ("the variant, the homework's recipe (AdamW)", HOMEWORK + "{adamw}", 1, None),
+    "gpt2": ("GPT-2's architecture, the homework's recipe (AdamW)", "--arch gpt2 " + HOMEWORK + "{adamw}", 1, None),
+    "homework_75": ("the variant with AdamW, 75 % of the tokens", HOMEWORK + "{adamw}", 0.75, None),
     "today_35": ("the default, 35 % of the tokens", "", 0.35, None),
     "whole_matrices": ("Muon on merged matrices as they are", "", 1, whole_matrices),
     "matrix_per_head": ("Muon on each head apart", "", 1, matrix_per_head),
@@ -113,10 +108,10 @@ RUNS = {  # name: (what it is, flags, share of the steps, patch)
     "rope_by_head": ("RoPE turned by head instead of by time", "", 1, rope_by_head),
     "today_half": ("the default, half its rate", "--learning_rate {muon_half}", 1, None),
     "today_twice": ("the default, twice its rate", "--learning_rate {muon_twice}", 1, None),
-    "adamw_half": ("the variant, the homework's recipe, half its rate", HOMEWORK.replace("adamw", "half"), 1, None),
-    "adamw_twice": ("the variant, the homework's recipe, twice its rate", HOMEWORK.replace("adamw", "twice"), 1, None),
-    "gpt2_half": ("GPT-2, the homework's recipe, half its rate", f"--arch gpt2 {HOMEWORK}".replace("adamw", "half"), 1, None),
-    "gpt2_twice": ("GPT-2, the homework's recipe, twice its rate", f"--arch gpt2 {HOMEWORK}".replace("adamw", "twice"), 1, None)}
+    "adamw_half": ("the variant, the homework's recipe, half its rate", HOMEWORK + "{half}", 1, None),
+    "adamw_twice": ("the variant, the homework's recipe, twice its rate", HOMEWORK + "{twice}", 1, None),
+    "gpt2_half": ("GPT-2, the homework's recipe, half its rate", "--arch gpt2 " + HOMEWORK + "{half}", 1, None),
+    "gpt2_twice": ("GPT-2, the homework's recipe, twice its rate", "--arch gpt2 " + HOMEWORK + "{twice}", 1, None)}
 
 def flags_of(group, name, data):
     steps, _, muon, adamw, shared = GROUPS[group]
@@ -151,7 +146,9 @@ def make(group, name, seed, data, threads):
     heading = (f"# python {shlex.join([*program, *flags])}\n# {datetime.date.today()}, {machine()}, {threads} threads, "
                f"python {platform.python_version()}, torch {torch.__version__}\n")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(heading + log)
+    tmp = out.with_suffix(".tmp")
+    tmp.write_text(heading + log)
+    os.replace(tmp, out)  # a log that is there is a whole one
     print(out.parent.name, log.splitlines()[-1], flush=True)
 
 # ---- the tables -----------------------------------------------------------------------------------------------------

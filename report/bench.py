@@ -75,7 +75,7 @@ class Contender:
         B = args.batch_size or train_gpt2.pick_batch_size(config, counted.num_params()[0], device, sequences)
         accumulate = sequences // B
         batch = torch.randint(config.vocab_size, (2, B, args.sequence_length), device=device)
-        self.tokens, self.flops, self.device = args.total_batch_size, counted.flops_per_token(args.sequence_length), device
+        self.tokens, self.flops, self.device = B * args.sequence_length * accumulate, counted.flops_per_token(args.sequence_length), device
         self.name += f" ({B} x {args.sequence_length} x {accumulate}, {args.dtype}{', compiled' * compiled})"
 
         def step():

@@ -15,13 +15,11 @@ import shlex
 import sys
 from pathlib import Path
 
-import torch
-
 REPORT = Path(__file__).resolve().parent
 sys.path.insert(0, str(REPORT.parent))
 import train_gpt2
 
-# published: OpenAI's GPT-2 and GPT-3 on HellaSwag, completion style, and OpenAI's 124M on FineWeb (llm.c, discussion 481)
+# published: OpenAI's GPT-2 on HellaSwag, completion style (llm.c, discussion 481), and GPT-3 (its paper)
 HELLASWAG = {"GPT-2 124M": 0.294, "GPT-3 124M": 0.337, "GPT-2 350M": 0.375, "GPT-3 350M": 0.436}
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "train_gpt2", "font.size": 9, "axes.spines.top": False,
          "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True}
@@ -41,7 +39,7 @@ class Run:
         if heading := re.search(r"^# python \S+?\.py(?: --patched \S+)? (.*)$", text, re.MULTILINE):
             self.tokens = train_gpt2.parse_args([*shlex.split(heading[1]), "--input_bin=x"])[0].total_batch_size
         elif Path(folder, "last.pt").exists():
-            self.tokens = torch.load(Path(folder, "last.pt"), weights_only=True)["args"]["total_batch_size"]
+            self.tokens = train_gpt2.load_checkpoint(Path(folder, "last.pt"))["args"]["total_batch_size"]
         else:
             self.tokens = 524288
 
@@ -68,7 +66,7 @@ def draw(ax, runs, kind, against="tokens", **style):
         steps, values = run.series.get(kind, ([], []))
         if steps and (against == "tokens" or "ms" in run.series):
             x = [step * run.tokens / 1e6 for step in steps] if against == "tokens" else run.seconds(steps)
-            ax.plot(x, values, color=f"C{i}", label=run.name, **style)
+            ax.plot(x, values, color=f"C{i}", **style)
             drawn = True
     ax.set_xlabel("million tokens" if against == "tokens" else "seconds of training")
     return drawn
