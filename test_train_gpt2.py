@@ -1,12 +1,16 @@
 """
-Tests of train_gpt2.py, fineweb.py and hellaswag.py. Run them with: python -m pytest -q
+Tests: first that it learns at all, then one section for each chapter of the project. Run them with
 
-No test needs a GPU, a download or the network. What needs a package or data that a user may not have skips and says so. Runs
-are made in the test's own temporary folder, on a byte corpus of a few hundred kilobytes made there.
+    python -m pytest -q
+
+They need no GPU and no network, and take a few minutes. What needs a package that a user may not
+have skips and says so. Every run is made in an empty folder of its own, on a text made there.
 """
 import argparse
-import builtins
 import collections
+import contextlib
+import dataclasses
+import functools
 import gzip
 import hashlib
 import http.server
@@ -23,941 +27,1532 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import fineweb
 import hellaswag
 import train_gpt2
-from train_gpt2 import DEFAULTS, GPT, GPT2, MODELS, GPTConfig, HeadLoss, TokenLoader, get_lr, main, write_shard
+from train_gpt2 import GPT, GPTConfig, HeadLoss, TokenLoader
 
-if "TIKTOKEN_CACHE_DIR" in os.environ:  # it may be relative, and every test changes the folder
+# No test may depend on a GPU. PyTorch reads this when it is first asked for one.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# it may be relative, and every test changes the folder
+if "TIKTOKEN_CACHE_DIR" in os.environ:
     os.environ["TIKTOKEN_CACHE_DIR"] = os.path.abspath(os.environ["TIKTOKEN_CACHE_DIR"])
+
 SCRIPT = str(Path(train_gpt2.__file__).resolve())
 CPU = torch.device("cpu")
-# a model that takes milliseconds; --log_every 1 so that every loss is in main.log
-SMALL = ("--n_layer 2 --n_head 4 --n_embd 32 --sequence_length 32 --total_batch_size 512 --warmup_iters 2 --num_iterations 6 "
-         "--val_tokens 2048 --val_loss_every 3 --sample_every 0 --save_every 3 --log_every 1 --dtype float32 --device cpu").split()
-
+# Windows has no SIGHUP
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+           if hasattr(signal, name)]
+# Under nohup or in the background of a script some of them are ignored, and started processes would
+# inherit that: begin with what a terminal has.
+for number in SIGNALS:
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+HANDLERS = {number: signal.getsignal(number) for number in SIGNALS}
+LOCKS = []  # those that runs of this process have made
+STARTED = []  # processes
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    """Every test runs in an empty folder, and leaves signal handlers as it found them."""
-    monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    """Every test begins in an empty folder, and leaves the handlers of signals as they were."""
+    def remember(path):
+        LOCKS.append(filelock.FileLock(path))
+        return LOCKS[-1]
 
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    locks = types.SimpleNamespace(FileLock=remember, Timeout=filelock.Timeout)
+    monkeypatch.setattr(train_gpt2, "filelock", locks)
+    yield
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
+    while STARTED:
+        with STARTED.pop() as process:
+            process.kill()
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Flags for a learnable corpus of two training shards and a validation shard: arithmetic in words, as bytes."""
+    """Sums in words, a text that can be learned, as two training shards and one for validation.
+
+    Returns the flag that names them.
+    """
     rng = np.random.default_rng(0)
-    for name, lines in (("train_1", 2000), ("train_2", 900), ("val", 400)):
+    for name, lines in ("train_000001", 2000), ("train_000002", 900), ("val_000000", 400):
         text = "".join(f"{a} plus {b} is {a + b}.\n" for a, b in rng.integers(0, 100, (lines, 2)))
-        write_shard(tmp_path / f"{name}.bin", np.concatenate(([256], np.frombuffer(text.encode(), np.uint8))))
-    return [f"--input_bin={tmp_path}/train_*.bin", f"--input_val_bin={tmp_path}/val.bin"]
+        ids = np.concatenate(([256], np.frombuffer(text.encode(), np.uint8)))
+        fineweb.write_shard(tmp_path / f"sums_{name}.bin", ids, 257)
+    return f"--input_bin={tmp_path}/sums_train_*.bin"
 
+@pytest.fixture
+def small(corpus):
+    """The flags of a run that takes a second. A flag that is added wins over the same one here.
 
-def log_of(folder, kind="trl"):
-    """{step: loss} out of a folder's main.log."""
-    lines = (Path(folder) / "main.log").read_text().splitlines()
-    return {int(s[2:]): float(v.split(":")[1]) for s, v, *_ in map(str.split, lines) if v.startswith(kind)}
+    It is a shrunken d12 and not tiny, because tiny prints only every 20th step.
+    """
+    return [
+        "--model=d12", "--n_layer=2", "--n_head=4", "--n_embd=32", "--sequence_length=32",
+        "--total_batch_size=512", "--num_iterations=6", "--val_loss_every=3", "--val_tokens=2048",
+        "--dtype=float32", "--device=cpu", "--output_dir=log", corpus,
+    ]
 
+RESUME = ["--resume", "--output_dir=log", "--device=cpu"]
 
-def run(*args, env=None, check=True, **kwargs):
-    """The script in a process of its own."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    done = subprocess.run([sys.executable, SCRIPT, *args], capture_output=True, text=True, env=env, timeout=300, **kwargs)
-    assert not check or done.returncode == 0, done.stderr
+def main(argv):
+    """train_gpt2.main(argv), which then lets go of its folder as if the process had ended."""
+    try:
+        return train_gpt2.main(argv)
+    finally:
+        while LOCKS:
+            LOCKS.pop().release(force=True)
+
+def fails(argv, capsys, *messages, main=main):
+    """main(argv) ends in one line that has all the messages. Returns what was printed before."""
+    with pytest.raises(SystemExit) as e:
+        main(argv)
+    line = str(e.value.code)
+    assert line.startswith("error: ") and "\n" not in line, line
+    for message in messages:
+        assert message in line, line
+    return capsys.readouterr().out
+
+def environment(**changes):
+    """os.environ for a process of its own. One thread: tests are too small for more."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **changes}
+
+def run(*args, python=(), code=0, script=SCRIPT, **env):
+    """The script in a process of its own, which has to end with this exit code."""
+    done = subprocess.run([sys.executable, *python, script, *args], capture_output=True, text=True,
+                          env=environment(**env), timeout=300)
+    assert done.returncode == code, done.stderr
     return done
 
+def torchrun(processes, *args, script=SCRIPT):
+    """The script in several processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return run(*args, python=launcher, script=script)
 
-def torchrun(processes, *args):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", SCRIPT, *args],
-                          capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    return done
+def start(*args, patch="", **env):
+    """Starts the script in a process of its own, after some code that changes what it uses."""
+    folder = str(Path(SCRIPT).parent)
+    code = f"import runpy, sys; sys.path.insert(0, {folder!r}); sys.argv[0] = ''\n{patch}\n"
+    code += f"runpy.run_path({SCRIPT!r}, run_name='__main__')"
+    STARTED.append(subprocess.Popen(
+        [sys.executable, "-c", code, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=environment(**env)))
+    return STARTED[-1]
 
+def log_of(folder="log", kind="trl"):
+    """{step: loss} out of a folder's main.log. A step that was run twice counts the second time."""
+    log = Path(folder, "main.log").read_text("utf-8")
+    return {int(s): float(loss) for s, loss in re.findall(rf"^s:(\d+) {kind}:(\S+)", log, re.M)}
 
-def tiny_model(seed=0, **changes):
-    torch.manual_seed(seed)
-    return GPT(GPTConfig(**{**dict(n_layer=2, n_head=4, n_embd=32, block_size=32, vocab_size=100), **changes}))
+def load(path):
+    return torch.load(path, weights_only=True)
 
+def assert_same_run(a, b):
+    """Two folders have the same losses, and checkpoints with the same weights, to the last bit."""
+    for kind in "trl", "tel":
+        assert log_of(a, kind) == log_of(b, kind)
+    for name in "last.pt", "best.pt":
+        weights = load(f"{b}/{name}")["model"]
+        for key, w in load(f"{a}/{name}")["model"].items():
+            assert torch.equal(w, weights[key]), key
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The whole
+def tiny_model(**changes):
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 32, "vocab_size": 100}
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{**shape, **changes}))
 
-def test_overfits_a_single_batch(corpus):
-    """If model, loss, gradients and optimiser are right, d12 shrunk to 2 layers learns one batch by heart: a loss under
-    0.05 within 40 steps, where guessing costs log(257) = 5.5."""
-    main(["--model=d12", "--n_layer=2", "--tokenizer=bytes", *corpus, "--overfit_single_batch", "--sequence_length=64",
-          "--total_batch_size=256", "--num_iterations=40", "--warmup_iters=5", "--val_loss_every=0", "--sample_every=0",
-          "--device=cpu", "--output_dir=log"])
-    losses = log_of("log")
-    assert losses[0] > 5 and losses[39] < 0.05, losses
+def random_ids(*shape):
+    return torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(1))
 
+GPT2_ARCH = {"n_kv_head": 4, **train_gpt2.GPT2}
+both_archs = pytest.mark.parametrize("arch", [{}, GPT2_ARCH], ids=["variant", "GPT-2"])
 
-def test_default_run_end_to_end():
-    """python train_gpt2.py, shortened: what a newcomer sees, what is left behind, and that it can be repeated."""
-    short = "--num_iterations=30 --val_loss_every=15 --sample_every=15 --save_every=15 --log_every=5 --max_new_tokens=40".split()
-    out = run("--output_dir=log", *short).stdout
-    assert re.search(r"model tiny: 4 layers, 4 heads \(2 key/value\), 128 wide \| 828,800 parameters, 787,840 without", out)
-    assert re.search(r"device cpu, (float32|bfloat16) \| 2,048 tokens a step", out)
-    assert "first step done" in out and out.count("a sample after") == 3
-    # console and log agree, line by line
-    console = re.findall(r"step +(\d+)/30 \| (val )?loss ([\d.]+)(?: \| lr (\S+) \| norm (\S+) \| (\S+) ms)?", out)
-    wanted = [f"s:{s} tel:{loss}" if val else f"s:{s} trl:{loss} lr:{lr} norm:{norm} ms:{ms}" for s, val, loss, lr, norm, ms in console]
-    assert Path("log/main.log").read_text().splitlines() == wanted
-    assert [s for s, val, *_ in console if val] == ["0", "15", "30"] and len(console) == 3 + 7
-    assert float(console[-1][2]) < 3.0 < 5.0 < float(console[0][2])
-    # the commands it names at the end
-    assert 'python train_gpt2.py --sample log/best.pt --prompt \'def \'' in out
-    assert "python fineweb.py" in out and "python train_gpt2.py --model d12" in out
-    text = run("--sample=log/best.pt", "--prompt=def ", "--max_new_tokens=20").stdout
-    assert text.startswith("def ") and len(text) > 6
-    assert run("--sample=log/best.pt", "--prompt=def ", "--max_new_tokens=20").stdout == text  # same seed, same text
+# -------------------------------------------------------------------------------------------------
+# 0. The whole
 
+def test_overfits_a_single_batch(small):
+    """If model, loss, gradients and optimizers are right, a batch is learned by heart."""
+    main([*small, "--overfit_single_batch", "--n_embd=256", "--num_iterations=40",
+          "--val_loss_every=0"])
+    losses = log_of()
+    assert abs(losses[0] - math.log(257)) < 0.5 and losses[39] < 0.05, losses
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
+def test_default_run(capsys, monkeypatch):
+    """python train_gpt2.py, shortened: what a newcomer sees, and what is left behind."""
+    monkeypatch.setitem(train_gpt2.PEAK_FLOPS, "cpu", 1e11)
+    main(["--num_iterations=30", "--val_loss_every=15", "--val_tokens=65536", "--output_dir=log"])
+    out = capsys.readouterr().out
+    assert "828,800 parameters, 787,840 without embeddings" in out
+    assert out.count("--- a sample after") == 3 and "first step done" in out
+    # the console and main.log agree, line by line
+    log = []
+    for s, line in re.findall(r"^step +(\d+)/30 \| (.*)", out, re.M):
+        words = line.split()
+        if words[0] == "val":
+            log.append(f"s:{s} tel:{words[2]}")
+        else:
+            log.append(f"s:{s} trl:{words[1]} lr:{words[4]} norm:{words[7]} ms:{words[9]}")
+            # 6 FLOP a weight and token, and attention's 12 C T a layer
+            share = float(words[12].replace(",", "")) * (6 * 828_800 + 12 * 4 * 128 * 128) / 1e11
+            assert words[15] == "MFU" and abs(float(words[16][:-1]) - 100 * share) < 0.1
+    assert Path("log/main.log").read_text("utf-8").splitlines() == log
+    validations = log_of("log", "tel")
+    assert list(validations) == [0, 15, 30] and list(log_of()) == [0, 20, 29]
+    assert abs(validations[0] - math.log(257)) < 0.5 and validations[30] < 3
+    # what it names next
+    following = re.findall(r"^    python (.*)", out, re.M)
+    assert following[1:] == ["fineweb.py --shards 10", "train_gpt2.py --model d12"]
+    main(shlex.split(following[0])[1:])
+    assert capsys.readouterr().out.startswith("def ")
+    fails(["--model", "d12"], capsys, "fineweb10B/fineweb_train_*.bin", "`python fineweb.py`")
 
-@pytest.mark.parametrize("size, everything, blocks", [
-    ("tiny", 828_800, 787_840), ("d12", 116_510_976, 77_877_504), ("d24", 329_961_472, 278_450_176),
-    ("d36", 719_191_808, 654_802_688), ("d48", 1_560_122_944, 1_479_636_544)])
-def test_parameter_counts(size, everything, blocks):
-    p = {**DEFAULTS, **MODELS[size]}
+# -------------------------------------------------------------------------------------------------
+# 1. The model
+
+@pytest.mark.parametrize("flags, everything, blocks", [
+    ("--model=tiny", 828_800, 787_840),
+    ("--model=d12", 116_510_976, 77_877_504),
+    ("--model=d24", 329_961_472, 278_450_176),
+    ("--model=d36", 719_191_808, 654_802_688),
+    ("--model=d48", 1_560_122_944, 1_479_636_544),
+    # OpenAI's number, and 47 rows that pad the vocabulary
+    ("--model=d12 --arch=gpt2", 124_439_808 + 47 * 768, 85_056_000),
+])
+def test_parameter_counts(flags, everything, blocks):
+    args, _ = train_gpt2.parse_args(flags.split())
+    shape = {name: getattr(args, name) for name in vars(GPTConfig()) if name in args}
+    vocab_size = 257 if args.model == "tiny" else 50257
     with torch.device("meta"):
-        model = GPT(GPTConfig(p["n_layer"], p["n_head"], 0, p["n_embd"], p["sequence_length"],
-                              train_gpt2.VOCAB_SIZE[p["tokenizer"]], qk_norm=p["qk_norm"]))
+        model = GPT(GPTConfig(vocab_size=vocab_size, block_size=args.sequence_length, **shape))
     assert model.num_params() == (everything, blocks)
 
-
-def test_gpt2_parameter_count():
-    """OpenAI's 124M, but for the padding of the vocabulary: 124,439,808 + 47 * 768."""
-    with torch.device("meta"):
-        model = GPT(GPTConfig(n_kv_head=12, **GPT2))
-    assert model.num_params()[0] == 124_439_808 + 47 * 768
-
-
-def test_key_value_heads():
-    assert GPTConfig().n_kv_head == 6
-    assert GPTConfig(n_head=25, n_embd=1600).n_kv_head == 25  # 25 has no half
-    with pytest.raises(ValueError, match="n_kv_head"):
-        GPTConfig(n_kv_head=5)
-    with pytest.raises(ValueError, match="n_embd"):
-        GPTConfig(n_head=7)
-
-
-@pytest.mark.parametrize("switch", [
-    dict(norm="layernorm"), dict(mlp="gelu"), dict(pos="learned"), dict(n_kv_head=4), dict(bias=True), dict(qk_norm=True)])
-def test_each_switch_changes_the_model(switch):
-    x = torch.randint(0, 100, (2, 32))
-    base, other = tiny_model(), tiny_model(**switch)
-    if "norm" in switch:  # the same weights: what differs is what is done with them
-        other.load_state_dict(base.state_dict(), strict=False)
-    assert not torch.allclose(base(x), other(x), atol=1e-5)
-
-
-def test_swiglu_width():
-    """2/3 of 4 n_embd, rounded up to a multiple of 64."""
-    widths = [train_gpt2.MLP(GPTConfig(n_embd=n, n_head=n // 64)).c_proj.in_features for n in (128, 768, 1024)]
-    assert widths == [384, 2048, 2752]
-
-
 def to_transformers(model):
-    """Our weights under the names and in the layout of transformers' GPT2LMHeadModel, LlamaForCausalLM or, with QK-norm,
-    Qwen3ForCausalLM: its model, loaded."""
-    transformers = pytest.importorskip("transformers", reason="the transformers library is not installed")
-    c, sd = model.config, {name: w.clone() for name, w in model.state_dict().items()}
-    V = sd["lm_head.weight"].shape[0]
-    if c.pos == "learned":
+    """Our weights in the class of the transformers library that computes the same."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = model.config
+    ours = model.state_dict()
+    vocab_size = len(ours["lm_head.weight"])
+    state = {}
+    if config.pos == "learned":
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-            vocab_size=V, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head))
-        for name in sd:  # OpenAI's Conv1D stores the transpose
-            if re.search(r"(c_attn|c_proj|c_fc)\.weight$", name):
-                sd[name] = sd[name].T
+            vocab_size=vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
+            n_layer=config.n_layer, n_head=config.n_head))
+        for name in theirs.state_dict():
+            # queries, keys and values are one matrix there, and matrices are (in, out)
+            parts = ("c_q", "c_k", "c_v") if "c_attn" in name else ("c_attn",)
+            w = torch.cat([ours[name.replace("c_attn", part)] for part in parts])
+            state[name] = w.T if ".h." in name and w.dim() == 2 else w
     else:
-        kind = "Qwen3" if c.qk_norm else "Llama"
-        D, hidden = c.n_embd // c.n_head, sd["transformer.h.0.mlp.c_proj.weight"].shape[1]
+        kind = "Qwen3" if config.qk_norm else "Llama"
         theirs = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(
-            vocab_size=V, hidden_size=c.n_embd, intermediate_size=hidden, num_hidden_layers=c.n_layer, head_dim=D,
-            num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=c.block_size,
-            rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=True))
-        new = {"model.embed_tokens.weight": sd["transformer.wte.weight"], "model.norm.weight": sd["transformer.ln_f.weight"],
-               "lm_head.weight": sd["lm_head.weight"]}
-        for i in range(c.n_layer):
-            h, m = f"transformer.h.{i}.", f"model.layers.{i}."
-            q, k, v = sd[h + "attn.c_attn.weight"].split((c.n_head * D, c.n_kv_head * D, c.n_kv_head * D))
-            gate, up = sd[h + "mlp.c_fc.weight"].chunk(2)
-            new |= {m + "self_attn.q_proj.weight": q, m + "self_attn.k_proj.weight": k, m + "self_attn.v_proj.weight": v,
-                    m + "self_attn.o_proj.weight": sd[h + "attn.c_proj.weight"], m + "mlp.gate_proj.weight": gate,
-                    m + "mlp.up_proj.weight": up, m + "mlp.down_proj.weight": sd[h + "mlp.c_proj.weight"],
-                    m + "input_layernorm.weight": sd[h + "ln_1.weight"], m + "post_attention_layernorm.weight": sd[h + "ln_2.weight"]}
-            if c.qk_norm:
-                new |= {m + f"self_attn.{n}_norm.weight": sd[h + f"attn.{n}_norm.weight"] for n in "qk"}
-        sd = new
-    theirs.load_state_dict(sd)
+            vocab_size=vocab_size, hidden_size=config.n_embd, num_hidden_layers=config.n_layer,
+            intermediate_size=len(ours["transformer.h.0.mlp.c_up.weight"]), rms_norm_eps=1e-6,
+            num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
+            head_dim=config.n_embd // config.n_head, max_position_embeddings=config.block_size,
+            rope_theta=10000.0, tie_word_embeddings=True))
+        renamed = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm",
+                   "transformer.h": "model.layers", "ln_1": "input_layernorm", ".c_": ".",
+                   "ln_2": "post_attention_layernorm", "attn.proj": "attn.o", "attn": "self_attn"}
+        for name, w in ours.items():
+            for old, new in renamed.items():
+                name = name.replace(old, new)
+            name = re.sub(r"\.(q|k|v|o|gate|up|down)\.", r".\1_proj.", name)
+            state[name.replace("post_self_attn", "post_attn")] = w
+    theirs.load_state_dict(state)
     return theirs.eval()
 
-
-@pytest.mark.parametrize("arch", [dict(n_kv_head=4, **GPT2), dict(), dict(qk_norm=True), dict(n_kv_head=1)],
-                         ids=["GPT-2", "Llama", "Qwen3", "Llama, one key/value head"])
-def test_logits_match_transformers(arch):
-    """The same random weights, gains and biases included, give the same logits there to 1e-4."""
+@pytest.mark.parametrize("arch", [GPT2_ARCH, {"qk_norm": False}, {}, {"n_kv_head": 1}],
+                         ids=["GPT-2", "Llama", "Qwen3", "Qwen3, one key/value head"])
+def test_logits_equal_those_of_transformers(arch):
+    """The same weights, gains and biases included, give the same logits there."""
     model = tiny_model(n_embd=64, block_size=64, **arch)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    x = torch.randint(0, 100, (2, 64))
-    ours, theirs = model(x)[..., :100], to_transformers(model)(x).logits[..., :100]
-    assert ours.std() > 0.5  # the comparison would mean little near zero
-    assert (ours - theirs).abs().max() < 1e-4
+    x = random_ids(2, 64)
+    ours = model(x)[..., :100]
+    theirs = to_transformers(model)(x).logits[..., :100]
+    # close to zero the comparison would mean little
+    assert ours.std() > 0.5 and (ours - theirs).abs().max() < 1e-4
 
+@pytest.mark.parametrize("switch", [
+    {"norm": "layernorm"}, {"mlp": "gelu"}, {"pos": "learned"}, {"n_kv_head": 4}, {"bias": True},
+    {"qk_norm": False}], ids=str)
+def test_each_switch_changes_the_model(switch):
+    base = tiny_model()
+    other = tiny_model(**switch)
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            if name.endswith("bias"):
+                p.fill_(0.1)
+            elif name in base.state_dict() and p.shape == base.get_parameter(name).shape:
+                p.copy_(base.get_parameter(name))
+    assert not torch.allclose(base(random_ids(2, 32)), other(random_ids(2, 32)), atol=1e-4)
 
-def test_rope_scores_depend_on_distance_only():
-    T, D = 64, 16
-    cos, sin = train_gpt2.rope_tables(T, D)
-    q, k = torch.randn(1, 1, 1, D), torch.randn(1, 1, 1, D)  # one query, one key, at every position
-    q, k = (train_gpt2.apply_rope(h.expand(1, T, 1, D), cos, sin)[0, :, 0] for h in (q, k))
-    scores = q @ k.T  # (T, T)
-    for distance in (0, 1, 7, 40):
+def test_rope_depends_on_distance_alone():
+    """One query and one key at all times: the score depends on their distance, whatever the head.
+
+    Rotated along heads instead of time, all scores of a row would be equal.
+    """
+    torch.manual_seed(0)
+    tables = train_gpt2.rope_tables(64, 16)
+    q = train_gpt2.apply_rope(torch.randn(16).expand(1, 64, 3, 16), *tables)[0]
+    k = train_gpt2.apply_rope(torch.randn(16).expand(1, 64, 3, 16), *tables)[0]
+    assert torch.equal(q[:, 0], q[:, 2])
+    scores = q[:, 0] @ k[:, 0].T
+    for distance in 0, 1, 7, 40:
         diagonal = scores.diagonal(-distance)
         assert torch.allclose(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4)
-    assert scores[:, 0].std() > 0.1  # and do depend on it
+    assert scores[:, 0].std() > 0.1
 
-
-def test_rope_tells_word_orders_apart():
-    """One layer without positions sees the words before the last as a set. With RoPE it must not."""
-    x = torch.tensor([[3, 14, 15, 92, 65, 35]])
-    swapped = torch.tensor([[14, 3, 65, 92, 15, 35]])
-    model = tiny_model(n_layer=1)
+@pytest.mark.parametrize("pos", ["rope", "learned"])
+def test_the_model_knows_the_order_of_words(pos):
+    """One layer without positions would see the words before the last as a set."""
+    model = tiny_model(n_layer=1, pos=pos)
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(5)  # attention that is far from uniform
-    assert (model(x)[:, -1, :100] - model(swapped)[:, -1, :100]).abs().max() > 1e-2
-    model.cos.fill_(1), model.sin.fill_(0)  # no rotation: the set is all it sees
-    assert (model(x)[:, -1, :100] - model(swapped)[:, -1, :100]).abs().max() < 1e-4
+            p.mul_(5)  # attention far from uniform
+    a, b = model(torch.tensor([[3, 14, 15, 92, 65, 35], [14, 3, 65, 92, 15, 35]]))[:, -1, :100]
+    assert (a - b).abs().max() > 1e-3
 
-
-@pytest.mark.parametrize("arch", [dict(), dict(n_kv_head=4, **GPT2)], ids=["variant", "GPT-2"])
-def test_causality(arch):
-    model, x = tiny_model(**arch), torch.randint(0, 100, (1, 32))
-    changed = x.clone()
-    changed[0, 20] = (x[0, 20] + 1) % 100
-    a, b = model(x)[0, :, :100], model(changed)[0, :, :100]
+@both_archs
+def test_no_position_sees_the_future(arch):
+    model = tiny_model(**arch)
+    x = random_ids(1, 32)
+    a = model(x)[0, :, :100]
+    x[0, 20] = (x[0, 20] + 1) % 100
+    b = model(x)[0, :, :100]
     assert torch.equal(a[:20], b[:20]) and not torch.allclose(a[20:], b[20:])
 
-
-def test_attention_stores_no_mask_and_copies_no_heads():
-    from torch.profiler import profile
-    model, x = tiny_model(block_size=80), torch.randint(0, 100, (2, 80))  # 80: a width that nothing else has
-    with profile(record_shapes=True) as p:
+def test_attention_stores_no_square_matrix():
+    """No step of a forward and backward pass has a (T, T) tensor."""
+    x = random_ids(2, 80)
+    model = tiny_model(block_size=80)  # 80: a width that nothing else has
+    with torch.profiler.profile(record_shapes=True) as profile:
         model(x, x).backward()
-    names = {event.key for event in p.key_averages()}
-    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names, names
-    assert not names & {"aten::repeat_interleave", "aten::tril", "aten::softmax", "aten::_softmax"}
-    square = [e for e in p.key_averages(group_by_input_shape=True) if any(s[-2:] == [80, 80] for s in e.input_shapes if s)]
-    assert not square, square
+    events = profile.key_averages(group_by_input_shape=True)
+    shapes = [shape for event in events for shape in event.input_shapes if shape]
+    assert [2, 80] in shapes and not [shape for shape in shapes if shape[-2:] == [80, 80]]
 
+class LooksLikeCuda(torch.Tensor):
+    """A tensor in the computer's memory that says it is on a GPU."""
 
-def test_head_loss_is_cross_entropy(monkeypatch):
-    """In slices that do not divide the batch, loss and every gradient equal those of the plain way."""
-    monkeypatch.setattr(train_gpt2, "HEAD_ROWS", 13)
-    model, x, y = tiny_model(), torch.randint(0, 100, (3, 32)), torch.randint(0, 100, (3, 32))
-    loss = 3 * model(x, y)
-    loss.backward()
-    ours = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    plain = 3 * F.cross_entropy(model(x)[..., :100].flatten(0, 1), y.flatten())
-    plain.backward()
-    assert torch.allclose(loss, plain, atol=1e-6)
-    for p, g in zip(model.parameters(), ours):
-        assert torch.allclose(p.grad, g, atol=1e-6)
+    device = torch.device("cuda")
 
+@pytest.mark.parametrize("dtype, heads", [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_attention_on_a_gpu(dtype, heads, monkeypatch):
+    """In fp32, keys and values are repeated to all heads; the result is that of grouped heads."""
+    torch.manual_seed(0)
+    qkv = [torch.randn(2, n, 16, 8, dtype=dtype) for n in (4, 2, 2)]
+    real = F.scaled_dot_product_attention
+    grouped = real(*qkv, is_causal=True, enable_gqa=True)
+    seen = []
 
-@pytest.mark.parametrize("arch", [dict(qk_norm=True), dict(n_kv_head=4, **GPT2)], ids=["variant", "GPT-2"])
-def test_the_model_compiles_to_one_graph(arch, monkeypatch):
-    """torch.compile must not fall back to Python half-way, in training or validation, and gets the same gradients."""
-    monkeypatch.setattr(train_gpt2, "HEAD_ROWS", 13)
-    torch._dynamo.reset()
-    model, x, y = tiny_model(**arch), torch.randint(0, 100, (3, 32)), torch.randint(0, 100, (3, 32))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
-    model(x, y).backward()
-    plain = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
+    def spy(q, k, v, **flags):
+        seen.append((q.size(1), k.size(1), v.size(1), q.dtype))
+        return real(q, k, v, **flags)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    y = train_gpt2.causal_attention(*(h.as_subclass(LooksLikeCuda) for h in qkv))
+    assert seen == [(4, heads, heads, dtype)]
+    assert torch.allclose(y.as_subclass(torch.Tensor), grouped, atol=1e-6)
+
+def test_initial_weights():
+    """N(0, 0.02^2), what writes into the residual stream less, and so a first loss of ln V."""
+    model = tiny_model(n_layer=8, n_embd=128, **train_gpt2.GPT2)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            assert (p == (0 if name.endswith("bias") else 1)).all(), name
+        else:
+            scale = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(scale, rel=0.1), name
+    x = random_ids(8, 33)
+    assert abs(model(x[:, :-1], x[:, 1:]).item() - math.log(100)) < 0.1
+
+# -------------------------------------------------------------------------------------------------
+# 2. The loss
+
+@pytest.mark.parametrize("rows", [13, 1000])
+def test_head_loss_is_cross_entropy(rows, monkeypatch):
+    """The value and both gradients, in slices that do not divide the batch."""
+    monkeypatch.setattr(train_gpt2, "HEAD_ROWS", rows)
+    torch.manual_seed(0)
+    x = torch.randn(96, 8, requires_grad=True)
+    w = torch.randn(128, 8, requires_grad=True)
+    targets = random_ids(96)
+    plain = 3 * F.cross_entropy(x @ w[:100].T, targets)
+    ours = 3 * HeadLoss.apply(x, w, targets, 100)
+    gradients = zip(torch.autograd.grad(ours, (x, w)), torch.autograd.grad(plain, (x, w)),
+                    strict=True)
+    for a, b in (ours, plain), *gradients:
+        assert torch.allclose(a, b, atol=1e-6)
     with torch.no_grad():
-        validation = compiled(x, y)
-    loss = compiled(x, y)
-    loss.backward()
-    assert torch.allclose(loss, validation, atol=1e-6)
-    for p, g in zip(model.parameters(), plain):
-        assert torch.allclose(p.grad, g, atol=1e-6)
+        assert torch.equal(3 * HeadLoss.apply(x, w, targets, 100), ours)
 
+def test_head_loss_of_a_sure_token():
+    """In bf16 the gradient of a token that the model is almost sure of does not vanish."""
+    x = torch.tensor([[8.0]], dtype=torch.bfloat16, requires_grad=True)
+    w = torch.tensor([[1.0], [0.0]], requires_grad=True)
+    HeadLoss.apply(x, w, torch.tensor([0]), 2).backward()
+    assert x.grad.item() == pytest.approx(-math.exp(-8), rel=0.02)
 
 def test_head_loss_keeps_no_logits(monkeypatch):
-    """For the backward pass it keeps the size of x and of weight, not (N, V)."""
+    """What it keeps for the backward pass is as large as x and the weight, not (N, V)."""
     monkeypatch.setattr(train_gpt2, "HEAD_ROWS", 64)
-    x, weight, kept = torch.randn(512, 8, requires_grad=True), torch.randn(4096, 8, requires_grad=True), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        HeadLoss.apply(x, weight, torch.zeros(512, dtype=torch.long), 4096)
+    x = torch.randn(512, 8, requires_grad=True)
+    w = torch.randn(4096, 8, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()), print):
+        HeadLoss.apply(x, w, torch.zeros(512, dtype=torch.long), 4096)
     assert sorted(kept) == [512 * 8, 4096 * 8]
 
-
-def test_padding_takes_no_probability(monkeypatch):
-    """Vocabulary 100 is padded to 128: the ids 100 ... 127 get no probability, no gradient, and are never drawn."""
-    model, x = tiny_model(), torch.randint(0, 100, (2, 32))
+def test_padding_gets_no_probability():
+    """A vocabulary of 100 is padded to 128: those ids are never predicted, and learn nothing."""
+    model = tiny_model()
+    x = random_ids(2, 32)
     with torch.no_grad():
         model.lm_head.weight[100:] = 50.0
     logits = model(x)
-    assert logits.shape[-1] == 128 and (F.softmax(logits, -1)[..., 100:] == 0).all()
+    assert logits.shape[-1] == 128 and (logits[..., 100:] == -math.inf).all()
     model(x, x).backward()
-    assert (model.lm_head.weight.grad[100:] == 0).all()
-    ids = list(train_gpt2.generate(model, [1], 200, temperature=3.0, generator=torch.Generator().manual_seed(0)))
-    assert max(ids) < 100
+    assert not model.lm_head.weight.grad[100:].any() and model.lm_head.weight.grad[:100].any()
 
+@both_archs
+def test_the_model_compiles_to_one_graph(arch, monkeypatch):
+    """torch.compile need not go back to Python half-way, and gets the same gradients."""
+    monkeypatch.setattr(train_gpt2, "HEAD_ROWS", 40)
+    torch._dynamo.reset()
+    model = tiny_model(**arch)
+    x = random_ids(3, 32)
+    model(x, x).backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    # aot_eager: everything but the C++ compiler, which a machine may lack
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    with torch.no_grad():
+        validation = compiled(x, x)
+    loss = compiled(x, x)
+    loss.backward()
+    assert torch.allclose(loss, validation, atol=1e-6)
+    for p, gradient in zip(model.parameters(), plain, strict=True):
+        assert torch.allclose(p.grad, gradient, atol=1e-6)
 
-def test_tied_weights_survive_a_round_trip():
-    model = tiny_model()
-    torch.save(model.state_dict(), "model.pt")
-    other = tiny_model(seed=1)
-    other.load_state_dict(torch.load("model.pt", weights_only=True))
-    assert other.lm_head.weight is other.transformer.wte.weight
-    x = torch.randint(0, 100, (1, 8))
-    assert torch.equal(model(x), other(x))
-    assert Path("model.pt").stat().st_size < 1.2 * 4 * model.num_params()[0] + 20_000  # and are stored once
+# -------------------------------------------------------------------------------------------------
+# 3. The data
 
-
-def test_flops_per_token():
-    """Against torch's own count of a forward and backward pass. It does not know the CPU's attention, which is added."""
-    from torch.utils.flop_counter import FlopCounterMode
-    model, x = tiny_model(), torch.randint(0, 100, (2, 32))
-    with FlopCounterMode(display=False) as counter:
-        model(x, x).backward()
-    attention = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" in str(op))
-    gains = 6 * sum(p.numel() for p in model.parameters() if p.dim() < 2)  # counted as if they were matrices
-    expected = model.flops_per_token(32) - gains - 12 * 2 * 32 * 32
-    assert (counter.get_total_flops() - attention) / 64 == expected
-
-
-def test_generate():
-    model = tiny_model()
-    greedy = list(train_gpt2.generate(model, [5], 40, temperature=0))
-    assert len(greedy) == 40 or greedy[-1:] != [99]
-    x = [5]
-    for token in greedy:  # the likeliest token each time, over at most block_size of context
-        assert token == model(torch.tensor([x[-32:]]))[0, -1].argmax()
-        x.append(token)
-    draw = lambda **kw: list(train_gpt2.generate(model, [5], 60, generator=torch.Generator().manual_seed(0), **kw))
-    assert draw() == draw() and draw(top_k=1) == list(train_gpt2.generate(model, [5], 60, temperature=0))
-    five = {t for seed in range(40) for t in train_gpt2.generate(model, [5], 1, 1.0, 5, torch.Generator().manual_seed(seed))}
-    assert five <= set(model(torch.tensor([[5]]))[0, -1].topk(5).indices.tolist()) and len(five) > 1
-
-
-def test_generate_stops_at_endoftext():
-    model = tiny_model()
-    with torch.no_grad():  # a model that says 7, and after 7 <|endoftext|>, which is id 99
-        logits = torch.full((100,), -20.0)
-    def forward(x):
-        out = torch.full((1, x.size(1), 128), -math.inf)
-        out[..., :100] = logits
-        out[0, -1, 99 if x[0, -1] == 7 else 7] = 20.0
-        return out
-    model.forward = forward
-    assert list(train_gpt2.generate(model, [5], 10)) == [7]
-
-
-def test_bytes_decode_as_text(capsys, monkeypatch):
-    """A character of several bytes appears whole, a broken one as a mark."""
-    tokenizer = train_gpt2.load_tokenizer("bytes")
-    assert tokenizer[0]("é") == [0xC3, 0xA9]
-    monkeypatch.setattr(train_gpt2, "generate", lambda *a, **k: iter([*"né→".encode(), 0xE2, 0x41]))
-    train_gpt2.print_sample(tiny_model(vocab_size=257), tokenizer, argparse.Namespace(
-        prompt="def ", max_new_tokens=9, temperature=1.0, top_k=0), 0)
-    assert capsys.readouterr().out == "def né→�A\n"
-
-
-def test_gpt2_tokenizer():
-    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
-        pytest.skip("TIKTOKEN_CACHE_DIR is not set, and tests do not download GPT-2's vocabulary")
-    encode, token_bytes = train_gpt2.load_tokenizer("gpt2")
-    assert encode("Hello world<|endoftext|>")[:2] == [15496, 995] and 50256 not in encode("<|endoftext|>")
-    assert b"".join(map(token_bytes, encode("naïve 🙂"))).decode() == "naïve 🙂"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The data
-
-def shards(sizes, T, vocab=60000):
-    """Shards of running numbers, so that a token says where it comes from, and a loader over them."""
-    first = 0
+def counting_shards(sizes, T, seed=None):
+    """A loader over shards of running numbers, so that a token says where it comes from."""
+    starts = np.cumsum((0, *sizes))
     for i, n in enumerate(sizes):
-        write_shard(f"part_{i}.bin", np.arange(first, first + n))
-        first += n
-    return lambda seed: TokenLoader("part_*.bin", T, vocab, seed)
-
+        fineweb.write_shard(f"count_train_{i:06d}.bin", np.arange(starts[i], starts[i] + n))
+    return TokenLoader("count_train_*.bin", T, seed)
 
 @pytest.mark.parametrize("seed", [None, 7])
 def test_every_token_once_an_epoch(seed):
-    """Over all processes and micro-batches, every token is a target once, but for each shard's first and its tail."""
-    sizes, T = (1000, 333, 64, 10, 777), 16
-    loader = shards(sizes, T)(seed)
-    assert loader.total == sum((n - 1) // T for n in sizes)
-    seen, B, world = [], 3, 2
-    for k in range(math.ceil(loader.total / (B * world))):
-        for rank in range(world):
-            n = min(B, loader.total - (k * world + rank) * B)
-            if n > 0:
-                x, y = loader.batch((k * world + rank) * B, n, CPU)
-                assert torch.equal(x[:, 1:], y[:, :-1]) and (y == x + 1).all()  # never across a shard's end
-                seen += y.flatten().tolist()
-    starts = np.cumsum((0, *sizes))
-    expected = [s + i for s, n in zip(starts, sizes) for i in range(1, (n - 1) // T * T + 1)]
-    assert sorted(seen) == expected
-    assert (seen == expected) == (seed is None)  # in order, or shuffled
+    """Every token is a target once, but for a shard's first and its last few; never across shards.
 
-
-def test_epochs_are_shuffled_anew_and_the_same_for_all():
-    loader = shards((2000, 3000), 16)
-    epoch = lambda seed, e: loader(seed).batch(e * loader(seed).total, loader(seed).total, CPU)[0][:, 0].tolist()
-    assert epoch(7, 0) == epoch(7, 0) and epoch(7, 0) != epoch(8, 0) and epoch(7, 0) != epoch(7, 1)
-    assert sorted(epoch(7, 0)) == sorted(epoch(7, 1))
-    x, _ = loader(7).batch(loader(7).total - 2, 4, CPU)  # a batch over an epoch's end takes from both
-    assert x[:, 0].tolist() == epoch(7, 0)[-2:] + epoch(7, 1)[:2]
-
-
-def test_shards_are_memory_mapped():
-    loader = shards((1000,), 16)(None)
+    Without a seed they come in the order in which they lie.
+    """
+    sizes = (1000, 333, 64, 10, 777)
+    loader = counting_shards(sizes, 16, seed)
+    assert loader.total == sum((n - 1) // 16 for n in sizes)
     assert isinstance(loader.shards[0], np.memmap) and loader.shards[0].dtype == np.dtype("<u2")
+    seen = []
+    for first in range(0, loader.total, 5):
+        x, y = loader.batch(first, min(5, loader.total - first), CPU)
+        assert x.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous()
+        assert (y == x + 1).all() and torch.equal(x[:, 1:], y[:, :-1])
+        seen += y.flatten().tolist()
+    starts = np.cumsum((0, *sizes)).tolist()
+    expected = [start + i for start, n in zip(starts, sizes, strict=False)
+                for i in range(1, (n - 1) // 16 * 16 + 1)]
+    assert sorted(seen) == expected and (seen == expected) == (seed is None)
 
+def test_epochs_are_shuffled_anew():
+    """Each epoch and each seed has an order of its own, and any process finds the same one."""
+    def epoch(number, seed=7):
+        loader = counting_shards((2000, 3000), 16, seed)
+        return loader.batch(number * loader.total, loader.total, CPU)[0][:, 0].tolist()
 
-def test_shard_format():
-    """llm.c's: 256 int32 of header, then uint16, both little-endian."""
-    write_shard("a.bin", [50256, 1, 65535])
-    raw = Path("a.bin").read_bytes()
-    assert len(raw) == 1024 + 6 and np.frombuffer(raw[:12], "<i4").tolist() == [20240520, 1, 3]
-    assert raw[1024:] == b"\x50\xc4\x01\x00\xff\xff" and not any(raw[12:1024])
-    assert train_gpt2.read_shard("a.bin").tolist() == [50256, 1, 65535]
+    assert epoch(0) == epoch(0) and sorted(epoch(0)) == sorted(epoch(1))
+    assert epoch(0) != epoch(1) and epoch(0) != epoch(0, seed=8)
+    # the shards' order changes too
+    assert len({epoch(number)[0] < 2000 for number in range(8)}) == 2
+    # a batch over the end of an epoch takes from both
+    loader = counting_shards((2000, 3000), 16, 7)
+    x, _ = loader.batch(loader.total - 2, 4, CPU)
+    assert x[:, 0].tolist() == epoch(0)[-2:] + epoch(1)[:2]
 
+def test_the_example_in_the_docstring_is_true():
+    """Shards of 3 and 2 sequences. If shard 1 comes first, numbers 2, 3, 4 are in shard 0."""
+    orders = [train_gpt2.permutation(2, seed, 0).tolist() for seed in range(20)]
+    seed = orders.index([1, 0])
+    loader = counting_shards((3 * 8 + 1, 2 * 8 + 5), 8, seed)
+    assert [loader.locate(number)[0] for number in range(5)] == [1, 1, 0, 0, 0]
+    assert loader.locate(4)[1] == train_gpt2.permutation(3, seed, 0, 0)[2]
+    assert loader.locate(5)[0] == train_gpt2.permutation(2, seed, 1)[0]
 
-def test_stdlib_corpus():
-    """Held-out files are chosen by name, so their text is in one shard only; a second call makes nothing anew."""
-    train, val = train_gpt2.stdlib_corpus()
-    docs = {}
-    for path in (train, val):
-        tokens = np.array(train_gpt2.read_shard(path))
-        assert tokens[0] == 256 and tokens.max() == 256
-        docs[path] = [bytes(d.astype(np.uint8)) for d in np.split(tokens, np.flatnonzero(tokens == 256))[1:]]
-        docs[path] = [d[1:] for d in docs[path]]
-    assert sum(map(len, docs[train])) > 5e6 and 20 < len(docs[val]) < len(docs[train]) / 10
-    source = Path(os.__file__).read_bytes()
-    assert (source in docs[train]) != (source in docs[val])
-    assert not {d for d in docs[train] if len(d) > 200} & set(docs[val])
-    before = Path(train).stat().st_mtime_ns
-    assert train_gpt2.stdlib_corpus() == (train, val) and Path(train).stat().st_mtime_ns == before
+@pytest.mark.parametrize("vocab_size, tokenizer", [(257, "bytes"), (50257, "gpt2"), (0, "gpt2")])
+def test_a_shard_says_which_vocabulary_it_has(vocab_size, tokenizer):
+    """0 is what llm.c's shards have there."""
+    fineweb.write_shard("a_train_1.bin", np.arange(100), vocab_size)
+    loader = TokenLoader("a_train_*.bin", 16)
+    assert (loader.vocab_size, loader.tokenizer) == (vocab_size or 50257, tokenizer)
 
+def shard(magic=20240520, version=1, count=5000, vocab_size=257, length=5000, token=1):
+    header = np.zeros(256, "<i4")
+    header[:4] = magic, version, count, vocab_size
+    return header.tobytes() + np.full(length, token, "<u2").tobytes()
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+@pytest.mark.parametrize("content, message", [
+    (b"", "too short for a token shard"),
+    (shard()[:500], "too short for a token shard"),
+    (shard(magic=42), "no token shard"),
+    (shard(version=2), "of another version"),
+    (shard(length=4990), "truncated"),
+    (shard(length=5001), "overlong"),
+    (shard(count=0, length=0), " 0 sequences of 32 tokens"),
+    (shard(count=100, length=100), " 3 sequences of 32 tokens"),
+    (shard(vocab_size=300), "300"),
+    (shard(vocab_size=0), "of different vocabularies"),
+    (shard(token=257), "holds id 257, outside the 257 of its vocabulary"),
+], ids=["empty file", "half a header", "magic", "version", "truncated", "overlong", "no tokens",
+        "too few tokens", "vocabulary", "validation has another", "token id"])
+def test_bad_shards(content, message, small, capsys):
+    Path("sums_train_000001.bin").unlink()
+    Path("sums_train_000002.bin").write_bytes(content)
+    fails(small, capsys, message, "sums_train_")
+    assert not Path("log/last.pt").exists()
 
-def test_arch_and_switches_on_the_command_line():
-    """--arch gpt2 turns everything back, and a switch given beside it, or alone, changes that one thing."""
-    shape = lambda *argv: {k: getattr(train_gpt2.parse_args(["--model=d12", *argv])[0], k) for k in (*GPT2, "n_kv_head")}
-    gpt2, variant = {**GPT2, "n_kv_head": 12}, {k: DEFAULTS[k] for k in (*GPT2, "n_kv_head")}
-    assert shape() == variant and shape("--arch=gpt2") == gpt2
-    assert variant["norm"] == "rmsnorm" and not set(variant.items()) & {(k, v) for k, v in gpt2.items() if k != "qk_norm"}
-    for flag, name, value in (("--norm=layernorm", "norm", "layernorm"), ("--mlp=gelu", "mlp", "gelu"), ("--bias", "bias", True),
-                              ("--pos=learned", "pos", "learned"), ("--qk_norm", "qk_norm", True), ("--n_kv_head=3", "n_kv_head", 3)):
-        assert shape(flag) == {**variant, name: value}
-    assert shape("--arch=gpt2", "--pos=rope", "--no-bias") == {**gpt2, "pos": "rope", "bias": False}
+def test_shards_of_two_vocabularies_are_not_mixed(small, capsys):
+    """Bytes and GPT-2's tokens under one pattern would be taken for one language."""
+    Path("sums_train_000000.bin").write_bytes(shard(vocab_size=0))
+    fails(small, capsys, "vocabular")
 
+# -------------------------------------------------------------------------------------------------
+# 4. The optimizer
 
-def test_schedule_corners():
-    args = argparse.Namespace(learning_rate=1.2e-3, learning_rate_decay_frac=0.1, warmup_iters=715, num_iterations=19073,
-                              schedule="cosine", cooldown_frac=0.7)
-    lr = lambda step: get_lr(step, args)
-    assert lr(0) == pytest.approx(1.2e-4) and lr(715) == pytest.approx(1.2e-3) and lr(19073) == pytest.approx(1.2e-4)
-    assert lr(714) < 1.2e-3 and lr((715 + 19073) // 2) == pytest.approx(6.6e-4)
-    third = 715 + (19073 - 715) / 3  # where a cosine has gone a quarter of the way, and a straight line a third
-    assert lr(third) == pytest.approx(1.2e-4 + 0.75 * 1.08e-3)
-    args.schedule, args.num_iterations, args.cooldown_frac = "wsd", 10000, 0.4
-    assert lr(0) == pytest.approx(1.2e-4) and lr(715) == lr(6000) == pytest.approx(1.2e-3)
-    assert lr(8000) == pytest.approx(6.6e-4) and lr(10000) == pytest.approx(1.2e-4)
-    args.warmup_iters, args.learning_rate_decay_frac = 0, 0.0
-    assert lr(0) == pytest.approx(1.2e-3) and lr(10000) == 0
+def test_schedules():
+    args = argparse.Namespace(learning_rate=1.2e-3, warmup_iters=700, num_iterations=19000)
 
+    def rates(*steps):
+        return [train_gpt2.get_lr(step, args) / args.learning_rate for step in steps]
+
+    args.schedule = "cosine"
+    # a cosine has gone a quarter of its way where a straight line has gone a third
+    wanted = [0.1, 0.55, 1, 0.1 + 0.9 * 0.75, 0.55, 0.1]
+    assert rates(0, 350, 700, 700 + 6100, 700 + 9150, 19000) == pytest.approx(wanted)
+    args.schedule = "wsd"
+    assert rates(0, 350, 700, 5700, 12350, 19000) == pytest.approx([0.1, 0.55, 1, 1, 0.5, 0])
+    # a short run warms up for a tenth of it, a very short one not at all
+    args.num_iterations = 100
+    assert rates(0, 5, 10, 30, 65) == pytest.approx([0.1, 0.55, 1, 1, 0.5])
+    args.num_iterations = 6
+    assert rates(0) == [1]
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_optimizer_groups(optimizer):
-    """Matrices decay, gains and biases do not; Muon takes the blocks' matrices; every parameter is in one place."""
-    model = tiny_model(bias=True, norm="layernorm", pos="learned")
-    args = argparse.Namespace(optimizer=optimizer, learning_rate=1e-3, weight_decay=0.1, zero_stage=0, dtype="float32")
-    optimizers = train_gpt2.make_optimizers(model, args)
-    names = {id(p): name for name, p in model.named_parameters()}
-    where = {names[id(p)]: (type(o).__name__, group["weight_decay"]) for o in optimizers for group in o.param_groups for p in group["params"]}
-    assert len(where) == len(names) == sum(len(g["params"]) for o in optimizers for g in o.param_groups)
+def test_what_each_optimizer_has(optimizer):
+    """Vectors do not decay, Muon has the matrices of the blocks alone, nothing is left out."""
+    model = tiny_model(**train_gpt2.GPT2)
+    args = argparse.Namespace(optimizer=optimizer, learning_rate=1e-3, weight_decay=0.1)
+    found = {}
+    for one in train_gpt2.make_optimizers(model, args, "float32"):
+        for group in one.param_groups:
+            for p in group["params"]:
+                assert p not in found
+                found[p] = (type(one).__name__, group["weight_decay"])
     for name, p in model.named_parameters():
-        muon = optimizer == "muon" and ".h." in name and p.dim() == 2
-        assert where[name] == ("Muon" if muon else "AdamW", 0.1 if p.dim() == 2 else 0.0), name
+        kind = "Muon" if optimizer == "muon" and ".h." in name and p.dim() == 2 else "AdamW"
+        assert found.pop(p) == (kind, 0.1 if p.dim() == 2 else 0.0), name
+    assert not found
 
+def test_muon_is_pytorchs():
+    """Three steps with matrices of one shape together are those of torch.optim.Muon, one by one."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this PyTorch has no Muon")
+    torch.manual_seed(0)
+    begin = [torch.randn(shape) for shape in [(48, 48), (48, 48), (24, 48), (128, 48), (48, 128)]]
+    ours = [torch.nn.Parameter(p.clone()) for p in begin]
+    theirs = [torch.nn.Parameter(p.clone()) for p in begin]
+    a = train_gpt2.Muon(ours, 0.01, 0.1)
+    b = torch.optim.Muon(theirs, 0.01, 0.1, 0.95, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    for p, q, first in zip(ours, theirs, begin, strict=True):
+        # as close as bf16 gets: small beside the way that they have gone
+        assert (p - q).norm() < 0.05 * (q - first).norm()
 
-def test_muon_is_torchs_on_matrices_taken_apart():
-    """Three steps of Muon, batched, are those of torch.optim.Muon on the same matrices one by one, where merged ones (queries,
-    keys and values; gate and up) have been taken apart for it; without `parts` they are those on the matrices as they are."""
-    model = tiny_model(n_embd=48, n_layer=3)
-    ours = [p for p in model.transformer.h.parameters() if p.dim() == 2]
-    assert sorted({(tuple(p.shape), *p.parts) for p in ours if hasattr(p, "parts")}) == [((96, 48), 48, 24, 24), ((256, 48), 128, 128)]
-    for apart in (True, False):
-        pieces = [p.detach().split(p.parts if apart and hasattr(p, "parts") else len(p)) for p in ours]
-        theirs = [[torch.nn.Parameter(piece.clone()) for piece in group] for group in pieces]
-        params = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-        for p, source in zip(params, ours):
-            if apart and hasattr(source, "parts"):
-                p.parts = source.parts
-        a = train_gpt2.Muon(params, 0.01, 0.1, dtype=torch.bfloat16)
-        b = torch.optim.Muon(sum(theirs, []), lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-        for _ in range(3):
-            for p, group in zip(params, theirs):
-                p.grad = torch.randn_like(p)
-                for q, grad in zip(group, p.grad.split([len(q) for q in group])):
-                    q.grad = grad.clone()
-            a.step(), b.step()
-        for p, group, start in zip(params, theirs, ours):
-            q = torch.cat(group)
-            assert (p - q).norm() < 0.01 * (q - start).norm()  # what bf16 leaves: 0.001
+def test_orthogonalize():
+    """Whatever the singular values were, they are about 1, and the directions are the same."""
+    torch.manual_seed(0)
+    u, _, vh = torch.linalg.svd(torch.randn(3, 32, 64), full_matrices=False)
+    X = train_gpt2.orthogonalize(100 * u @ torch.diag(torch.logspace(0, -1.5, 32)) @ vh)
+    values = torch.linalg.svdvals(X)
+    assert 0.65 < values.min() and values.max() < 1.25, values
+    assert ((u.mT @ X @ vh.mT).diagonal(dim1=1, dim2=2) > 0.6).all()
 
+COMMON = dict(sequence_length=1024, total_batch_size=524288, num_iterations=19073,
+              warmup_iters=250, val_loss_every=250, log_every=1, compile=None)
+TODAY = dict(optimizer="muon", schedule="wsd", weight_decay=0.1, norm="rmsnorm", mlp="swiglu",
+             pos="rope", qk_norm=True, bias=False, n_kv_head=0)
+GPT2_D12 = dict(norm="layernorm", mlp="gelu", pos="learned", qk_norm=False, bias=True, n_kv_head=12)
+ORIGINAL = dict(optimizer="adamw", schedule="cosine", warmup_iters=715, qk_norm=False)
 
-def test_muon_makes_steps_orthogonal():
-    """In fp32: whatever the gradient's singular values, those of a step are all about 1, times the rate and the scale."""
-    p = torch.nn.Parameter(torch.zeros(32, 64))
-    u, _, v = torch.linalg.svd(torch.randn(32, 64), full_matrices=False)
-    p.grad = u @ torch.diag(torch.logspace(0, -1.5, 32)) @ v
-    train_gpt2.Muon([p], 0.01, 0.0, dtype=torch.float32).step()
-    s = torch.linalg.svdvals(-p.detach()) / (0.01 * 0.2 * 8)
-    assert 0.65 < s.min() and s.max() < 1.25, s
-    assert (u.T @ -p.detach() @ v.T).diagonal().min() > 0  # and it goes downhill along each of them
+@pytest.mark.parametrize("flags, values", [
+    ("", dict(
+        TODAY, model="tiny", n_layer=4, n_head=4, n_embd=128, learning_rate=4e-3,
+        sequence_length=128, total_batch_size=2048, num_iterations=600, warmup_iters=20,
+        val_loss_every=200, log_every=20, compile=False, output_dir=Path("logtiny"))),
+    ("--model=d12", dict(COMMON, **TODAY, n_layer=12, n_head=12, n_embd=768, learning_rate=2.4e-3,
+                         output_dir=Path("log124M"))),
+    ("--model=d24", dict(COMMON, **TODAY, n_layer=24, n_head=16, n_embd=1024, learning_rate=1.2e-3,
+                         output_dir=Path("log350M"))),
+    ("--model=d36", dict(COMMON, **TODAY, n_layer=36, n_head=20, n_embd=1280, learning_rate=1e-3,
+                         output_dir=Path("log774M"))),
+    ("--model=d48", dict(COMMON, **TODAY, n_layer=48, n_head=25, n_embd=1600, learning_rate=8e-4,
+                         output_dir=Path("log1558M"))),
+    ("--model=d12 --arch=gpt2", GPT2_D12),
+    ("--model=d12 --arch=gpt2 --pos=rope --qk_norm --n_kv_head=3",
+     dict(GPT2_D12, pos="rope", qk_norm=True, n_kv_head=3)),
+    ("--model=d12 --recipe=original", dict(ORIGINAL, learning_rate=1.2e-3, weight_decay=0.1)),
+    ("--model=d24 --recipe=original", dict(ORIGINAL, learning_rate=6e-4)),
+    ("--model=d48 --recipe=original", dict(ORIGINAL, learning_rate=4e-4)),
+    ("--model=d12 --recipe=original --optimizer=muon --learning_rate=0.5 --qk_norm",
+     dict(ORIGINAL, optimizer="muon", learning_rate=0.5, qk_norm=True)),
+    ("--init_from=gpt2", dict(
+        GPT2_D12, n_layer=12, optimizer="adamw", learning_rate=3e-5, warmup_iters=0,
+        total_batch_size=32768, output_dir=Path("log_gpt2"))),
+])
+def test_presets_and_recipes(flags, values):
+    """Value by value; and a flag beside a preset, --arch or --recipe wins."""
+    args, _ = train_gpt2.parse_args(flags.split())
+    assert {name: getattr(args, name) for name in values} == values
 
+def test_accumulation_equals_one_large_batch(small):
+    """The same losses and gradients, however many sequences there are in a micro-batch."""
+    for size in 16, 4, 1:
+        main([*small, "--optimizer=adamw", f"--batch_size={size}", f"--output_dir=log{size}"])
+    for kind in "trl", "tel", r"trl:\S+ lr:\S+ norm":
+        one = log_of("log16", kind)
+        assert len(one) == (3 if kind == "tel" else 6)
+        assert log_of("log4", kind) == pytest.approx(one, rel=1e-4)
+        assert log_of("log1", kind) == pytest.approx(one, rel=1e-4)
 
-def test_recipes():
-    """--recipe homework is the original's AdamW and schedule; a flag beside it wins; the finetuning presets are no recipe's."""
-    parse = lambda *flags: train_gpt2.parse_args([*flags, "--input_bin=x"])[0]
-    wanted = dict(optimizer="adamw", schedule="cosine", warmup_iters=715, learning_rate_decay_frac=0.1, weight_decay=0.1,
-                  total_batch_size=524288, num_iterations=19073, sequence_length=1024, grad_clip=1.0, qk_norm=False)
-    for model, rate in (("d12", 1.2e-3), ("d24", 6e-4), ("d36", 5e-4), ("d48", 4e-4)):
-        args = parse("--model", model, "--recipe=homework")
-        assert {k: getattr(args, k) for k in wanted} == wanted and args.learning_rate == pytest.approx(rate)
-    args = parse("--model=d12", "--recipe=homework", "--optimizer=muon", "--learning_rate=0.5", "--qk_norm")
-    assert (args.optimizer, args.learning_rate, args.qk_norm, args.schedule) == ("muon", 0.5, True, "cosine")
-    today, tiny = parse("--model=d12"), parse("--recipe=homework")
-    assert (today.optimizer, today.schedule, today.qk_norm, today.learning_rate) == ("muon", "wsd", True, 2.4e-3)
-    assert (tiny.optimizer, tiny.schedule, tiny.num_iterations, tiny.warmup_iters) == ("adamw", "cosine", 600, 20)
-    assert parse("--model=d12", "--arch=gpt2").qk_norm is False and parse("--model=gpt2").optimizer == "adamw"
+def test_gradients_are_clipped(small, monkeypatch):
+    """Where a gradient is longer than 1, the optimizers get it at length 1."""
+    real = train_gpt2.Muon.step
+    lengths = []
 
+    def step(self):
+        gradients = [p.grad.norm().item() for p in self.param_groups[0]["params"]]
+        lengths.append(math.hypot(*gradients))
+        real(self)
 
-def test_accumulation_equals_one_large_batch(corpus):
-    for B in (16, 4, 1):
-        main([*SMALL, *corpus, f"--batch_size={B}", "--optimizer=adamw", "--learning_rate=1e-3", f"--output_dir=log{B}"])
-    assert log_of("log4") == pytest.approx(log_of("log16"), abs=1e-5)
-    assert log_of("log1") == pytest.approx(log_of("log16"), abs=1e-5)
-    assert log_of("log1", "tel") == pytest.approx(log_of("log16", "tel"), abs=1e-5)  # and so is a validation
+    monkeypatch.setattr(train_gpt2.Muon, "step", step)
+    main([*small, "--n_embd=128"])
+    assert max(log_of("log", r"trl:\S+ lr:\S+ norm").values()) > 2 and max(lengths) <= 1
 
+# -------------------------------------------------------------------------------------------------
+# 5. Checkpoints
 
-def test_validation_counts_a_fixed_number_of_tokens(corpus):
-    model = tiny_model(vocab_size=257)
-    data = TokenLoader(corpus[1].split("=")[1], 32, 257)
-    autocast = lambda: torch.autocast("cpu", enabled=False)
-    losses = [train_gpt2.evaluate(model, data, 70 * 32 + 5, B, autocast, CPU) for B in (1, 16, 64)]
-    x, y = data.batch(0, 70, CPU)
-    assert losses == pytest.approx([model(x, y).item()] * 3, abs=1e-5)
-    everything = train_gpt2.evaluate(model, data, 10**9, 16, autocast, CPU)
-    assert everything == pytest.approx(model(*data.batch(0, data.total, CPU)).item(), abs=1e-5)
+class Crash(Exception):
+    """Ends a run as a power cut would, where a test wants it."""
 
+def crash(small, monkeypatch, when):
+    """Begins a run that ends right after the step `when`, of which nothing is saved."""
+    real = train_gpt2.Run.report_step
 
-def test_the_default_dtype_follows_the_hardware(monkeypatch):
-    for flags, native in (("sse2 avx2 amx_bf16", True), ("avx512_bf16", True), ("asimd bf16", True), ("sse2 avx512f", False)):
-        monkeypatch.setattr(Path, "read_text", lambda self: f"flags : {flags}")
-        monkeypatch.setattr(Path, "exists", lambda self: True)
-        assert train_gpt2.pick_autocast(None, CPU)[0] == ("bfloat16" if native else "float32")
+    def report_step(self, *args):
+        real(self, *args)
+        if self.step == when:
+            raise Crash
 
-
-def test_micro_batch_choice(monkeypatch):
-    """It divides a process's share of the step, and a small GPU gets a small one."""
-    d12, params = GPTConfig(), 116_509_440
-    assert train_gpt2.pick_batch_size(d12, params, CPU, 512) == 4  # 4096 tokens
-    assert train_gpt2.pick_batch_size(d12, params, CPU, 3) == 3
-    sizes = []
-    for gib in (80, 40, 24, 8):
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: argparse.Namespace(total_memory=gib * 2**30))
-        sizes.append(train_gpt2.pick_batch_size(d12, params, torch.device("cuda", 0), 512))
-    assert sizes == [64, 32, 16, 2] and all(512 % b == 0 for b in sizes)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# More than one process
-
-TWO = [*SMALL, "--num_iterations=10", "--batch_size=4", "--optimizer=adamw", "--learning_rate=3e-3"]
-
-
-@pytest.mark.parametrize("optimizer, zero_stage", [("adamw", 0), ("adamw", 1), ("muon", 1)])
-def test_two_processes_train_as_one(corpus, optimizer, zero_stage):
-    """The losses of 10 steps agree to 1e-4, validations too, and either run can be resumed by the other kind."""
-    flags = [*TWO, *corpus, f"--optimizer={optimizer}"]
-    main([*flags, "--output_dir=one"])
-    torchrun(2, *flags, f"--zero_stage={zero_stage}", "--output_dir=two")
-    one, two = log_of("one"), log_of("two")
-    assert len(one) == 10 and two == pytest.approx(one, abs=1e-4)
-    assert log_of("two", "tel") == pytest.approx(log_of("one", "tel"), abs=1e-4)
-    # on from step 10 to 14, both on the other number of processes
-    main([*flags, "--output_dir=two", "--num_iterations=14", "--resume"])
-    torchrun(2, *flags, f"--zero_stage={zero_stage}", "--output_dir=one", "--num_iterations=14", "--resume")
-    main([*flags, "--output_dir=straight", "--num_iterations=14"])
-    assert log_of("one") == pytest.approx(log_of("two"), abs=1e-4) and len(log_of("one")) == 14
-
-
-def test_gradients_are_synchronised_once_a_step(corpus):
-    """Two micro-batches a step and process, and as many all-reduces of gradients as with one."""
-    probe = Path("probe.py")
-    probe.write_text(f"""
-import sys; sys.path.insert(0, {str(Path(SCRIPT).parent)!r})
-import torch.nn as nn, train_gpt2, torch.distributed as dist
-class Counting(nn.parallel.DistributedDataParallel):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.count = 0
-        def hook(state, bucket):
-            self.count += 1
-            future = dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future()
-            return future.then(lambda f: f.value()[0])
-        self.register_comm_hook(None, hook)
-        Counting.last = self
-nn.parallel.DistributedDataParallel = Counting
-train_gpt2.main(sys.argv[1:])
-if train_gpt2.RANK == 0:
-    print("reductions", Counting.last.count)
-""")
-    counts = []
-    for B in (8, 2):
-        args = [*TWO, *corpus, f"--batch_size={B}", f"--output_dir=log{B}"]
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(probe), *args],
-                              capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        counts.append(int(re.search(r"reductions (\d+)", done.stdout + done.stderr).group(1)))
-    assert counts[0] == counts[1] >= 10
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_other(corpus, victim):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    both = [subprocess.Popen([sys.executable, SCRIPT, *TWO, *corpus, "--num_iterations=100000", "--output_dir=log"], stdout=subprocess.DEVNULL,
-                             stderr=subprocess.PIPE, text=True, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in (0, 1)]
-    try:
-        wait_for(lambda: Path("log/last.pt").exists(), both)
-        both[victim].kill()
-        _, err = both[1 - victim].communicate(timeout=60)
-        assert both[1 - victim].returncode not in (0, None) and "lost another process" in err and "--resume" in err, err
-    finally:
-        for process in both:
-            process.kill()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints, resuming, and what goes wrong
-
-def wait_for(condition, processes, seconds=120):
-    deadline = time.time() + seconds
-    while not condition():
-        assert time.time() < deadline and all(p.poll() is None for p in processes), "it ended, or takes too long"
-        time.sleep(0.02)
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)["model"]
-
+    with monkeypatch.context() as patch, contextlib.suppress(Crash):
+        patch.setattr(train_gpt2.Run, "report_step", report_step)
+        main(small)
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resume_is_exact(corpus, optimizer):
-    """Stopped after 3 of 8 steps and resumed: losses, log, best loss and weights equal the uninterrupted run's bit for bit."""
-    flags = [*SMALL, *corpus, f"--optimizer={optimizer}", "--num_iterations=8", "--sample_every=3", "--max_new_tokens=3"]
-    main([*flags, "--output_dir=straight"])
-    real = train_gpt2.save_checkpoint
-    def save_and_die(path, state):
-        real(path, state)
-        if path.name == "last.pt":
-            raise KeyboardInterrupt
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_gpt2, "save_checkpoint", save_and_die)
-        main([*flags, "--output_dir=stopped"])
-    assert torch.load("stopped/last.pt", weights_only=True)["step"] == 3
-    with open("stopped/main.log", "a") as f:
-        f.write("s:3 trl:9.999999 lr:0.1 norm:1\ns:4 tr")  # a later line, and one torn by the crash
-    main([*flags, "--output_dir=stopped", "--resume"])
-    stopped, straight = (re.sub(r" ms:\S+", "", Path(folder, "main.log").read_text()) for folder in ("stopped", "straight"))
-    assert stopped == straight
-    for name in ("last.pt", "best.pt"):
-        a, b = (torch.load(f"{folder}/{name}", weights_only=True) for folder in ("straight", "stopped"))
-        assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-        assert all(a[k] == b[k] for k in ("step", "train_loss", "val_loss", "best_val_loss", "config"))
+def test_resume_is_exact(small, optimizer, monkeypatch):
+    """A run that crashed and was resumed has the losses of one that did not, and its weights."""
+    small += [f"--optimizer={optimizer}", "--num_iterations=8", "--batch_size=8"]
+    main([*small, "--output_dir=straight"])
+    crash(small, monkeypatch, when=5)
+    assert load("log/last.pt")["step"] == 3 and max(log_of()) == 4
+    assert main([*small, "--resume"]) == 0
+    assert_same_run("log", "straight")
+    a, b = load("log/last.pt"), load("straight/last.pt")
+    assert all(a[name] == b[name] for name in ("step", "train_loss", "val_loss", "best_val_loss"))
 
+def test_resume_takes_its_flags_from_the_run(small):
+    main([*small, "--learning_rate=0.004", "--prompt=7 plus"])
+    assert main([*RESUME, "--num_iterations=8"]) == 0
+    state = load("log/last.pt")
+    assert state["step"] == 8 and state["config"]["n_embd"] == 32
+    assert (state["args"]["learning_rate"], state["args"]["prompt"]) == (0.004, "7 plus")
 
-def test_resume_takes_flags_from_the_run(corpus):
-    main([*SMALL, *corpus, "--learning_rate=0.004", "--output_dir=log"])
-    main(["--resume", "--output_dir=log", "--num_iterations=8"])
-    state = torch.load("log/last.pt", weights_only=True)
-    assert state["step"] == 8 and state["args"]["learning_rate"] == 0.004 and state["config"]["n_embd"] == 32
-
-
-def test_resuming_says_so_when_the_corpus_has_grown(corpus, capsys):
-    os.rename("train_2.bin", "later.bin")
-    main([*SMALL, *corpus, "--output_dir=log"])
-    main(["--resume", "--num_iterations=7", "--output_dir=log"])
-    assert "NOTE" not in capsys.readouterr().out
-    os.rename("later.bin", "train_2.bin")
-    main(["--resume", "--num_iterations=8", "--output_dir=log"])
-    assert re.search(r"NOTE: an epoch had 1,\d+ sequences and has 1,\d+ now", capsys.readouterr().out)
-
-
-def test_best_is_the_lowest_and_last_is_the_newest(corpus):
-    """At a rate that is far too high the loss rises again: best.pt stays behind."""
-    main([*SMALL, *corpus, "--num_iterations=12", "--optimizer=adamw", "--learning_rate=0.5", "--cooldown_frac=0", "--val_loss_every=2",
-          "--output_dir=log"])
-    losses = {s: v for s, v in log_of("log", "tel").items() if s > 0}
-    best, last = (torch.load(f"log/{name}", weights_only=True) for name in ("best.pt", "last.pt"))
-    assert best["val_loss"] == pytest.approx(min(losses.values()), abs=1e-6) and losses[best["step"]] == min(losses.values())
-    assert last["step"] == 12 and last["best_val_loss"] == best["val_loss"] and best["step"] < 12
-
-
-def test_checkpoint_contents(corpus):
-    main([*SMALL, *corpus, "--output_dir=log"])
-    state = torch.load("log/best.pt", weights_only=True)
-    assert state["source"] == Path(SCRIPT).read_text() and state["tokenizer"] == "bytes"
-    assert GPTConfig(**state["config"]).n_embd == 32 and state["step"] == 6 and state["train_loss"] > 0
-    assert not list(Path("log").glob("*.tmp"))
-
-
-def test_a_run_is_never_written_over(corpus, capsys):
-    main([*SMALL, *corpus, "--output_dir=log"])
-    before = {p.name: p.read_bytes() for p in Path("log").iterdir()}
-    fails([*SMALL, *corpus, "--output_dir=log"], capsys, "log holds a run: add --resume", "another --output_dir")
-    assert before == {p.name: p.read_bytes() for p in Path("log").iterdir()}
-
-
-def test_the_flagless_run_keeps_earlier_ones(monkeypatch):
-    monkeypatch.setitem(MODELS, "tiny", {**MODELS["tiny"], "n_layer": 1, "num_iterations": 2, "val_tokens": 128, "sample_every": 0})
-    for _ in range(3):
-        main([])
-    assert [p.name for p in sorted(Path().glob("logtiny*"))] == ["logtiny", "logtiny.1", "logtiny.2"]
-    assert all((p / "last.pt").exists() for p in Path().glob("logtiny*"))
-
-
-def test_kill_at_any_moment(corpus):
-    """After kill -9 both checkpoints load and the run goes on, five times over."""
-    flags = [*SMALL, *corpus, "--num_iterations=100000", "--val_loss_every=2", "--save_every=1", "--val_tokens=64", "--output_dir=log"]
-    rng, env, reached = np.random.default_rng(0), {**os.environ, "OMP_NUM_THREADS": "1"}, 0
-    lines = lambda: Path("log/main.log").read_text().count("\n") if Path("log/main.log").exists() else 0
-    for i in range(5):
-        process = subprocess.Popen([sys.executable, SCRIPT, *flags, *(["--resume"] if i else [])], env=env,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        begin = lines()
-        wait_for(lambda: lines() > begin + 5, [process])
-        time.sleep(rng.uniform(0, 0.1))
-        process.kill()
-        process.wait()
-        last, best = (torch.load(f"log/{name}", weights_only=True) for name in ("last.pt", "best.pt"))
-        assert last["step"] > reached and all(w.isfinite().all() for w in best["model"].values())
-        reached = last["step"]
-
-
-def test_a_best_that_is_younger_than_last_survives_resuming(corpus):
-    """Killed between the two writes, a run resumes from before its best: only a better one may replace that."""
-    main([*SMALL, *corpus, "--output_dir=log"])
-    main([*SMALL, *corpus, "--num_iterations=3", "--output_dir=short"])
-    os.replace("short/last.pt", "log/last.pt")
-    best = torch.load("log/best.pt", weights_only=True)
-    torch.save({**best, "val_loss": 0.01}, "log/best.pt")
-    main([*SMALL, *corpus, "--output_dir=log", "--resume"])
-    assert torch.load("log/best.pt", weights_only=True)["val_loss"] == 0.01
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(corpus, number):
-    flags = [*SMALL, *corpus, "--num_iterations=100000", "--save_every=0", "--val_loss_every=0", "--output_dir=log"]
-    process = subprocess.Popen([sys.executable, SCRIPT, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    wait_for(lambda: Path("log/main.log").exists() and len(log_of("log")) > 5, [process])
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "stopping after this step" in err and "Traceback" not in err
-    command = re.search(r"Go on with.*: (.*)", out).group(1)
-    assert shlex.split(command) == ["train_gpt2.py", *flags, "--resume"]
-    step = torch.load("log/last.pt", weights_only=True)["step"]
-    assert step == max(log_of("log")) + 1  # no finished step is lost
-    main([*flags, f"--num_iterations={step + 2}", "--resume"])
-    assert sorted(log_of("log")) == list(range(step + 2))
-
-
-def test_a_full_disk_leaves_the_old_checkpoint(corpus, capsys):
-    """The limit on a file's size stands in for the disk's: the write fails half-way, as it would there."""
-    main([*SMALL, *corpus, "--output_dir=log"])
+def test_resume_refuses_what_is_fixed(small, capsys):
+    main(small)
     before = Path("log/last.pt").read_bytes()
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
-    try:
-        fails(["--resume", "--num_iterations=9", "--output_dir=log"], capsys, "is not saved: free some space", "--resume")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert Path("log/last.pt").read_bytes() == before and not list(Path("log").glob("*.tmp"))
-    main(["--resume", "--num_iterations=9", "--output_dir=log"])
-    assert torch.load("log/last.pt", weights_only=True)["step"] == 9
+    for flag in ("--norm=layernorm", "--n_layer=3", "--seed=1", "--total_batch_size=1024",
+                 "--optimizer=adamw", "--model=d24", "--sequence_length=64", "--arch=gpt2"):
+        name, value = flag.split("=")
+        fails([*small, "--resume", flag], capsys, f"log was begun with {name}", value)
+    fails([*RESUME, "--num_iterations=5"], capsys, "--num_iterations 5", "6")
+    fails(["--resume", "--output_dir=nowhere"], capsys, "nowhere/last.pt")
+    assert Path("log/last.pt").read_bytes() == before
 
+def test_resume_says_when_there_is_more_data(small, capsys):
+    main(small)
+    shutil.copy("sums_train_000002.bin", "sums_train_000003.bin")
+    main([*RESUME, "--num_iterations=8"])
+    assert "NOTE: there is more or less data than before" in capsys.readouterr().out
 
-def test_a_log_that_cannot_be_written_is_no_reason_to_stop(corpus, capsys):
-    def full(path, *args, **kwargs):
-        if str(path).endswith("main.log"):
-            raise OSError(28, "No space left on device")
-        return real(path, *args, **kwargs)
-    real = builtins.open
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builtins, "open", full)
-        main([*SMALL, *corpus, "--output_dir=log"])
-    assert "WARNING: cannot write log/main.log" in capsys.readouterr().err
-    assert torch.load("log/last.pt", weights_only=True)["step"] == 6
+def test_best_and_last(small, monkeypatch):
+    """best.pt has the weights of the lowest validation loss alone, last.pt all that a run needs."""
+    # the rate becomes far too high, so the loss rises again
+    monkeypatch.setattr(train_gpt2, "get_lr", lambda step, args: 1e-3 if step < 6 else 0.5)
+    main([*small, "--num_iterations=12", "--val_loss_every=2"])
+    losses = log_of("log", "tel")
+    del losses[0]
+    lowest = min(losses.values())
+    best, last = load("log/best.pt"), load("log/last.pt")
+    assert losses[best["step"]] == lowest and best["step"] < last["step"] == 12
+    assert last["best_val_loss"] == best["val_loss"] == pytest.approx(lowest, abs=1e-6)
+    assert "optimizer" not in best and not list(Path("log").glob("*.tmp"))
+    # a resumed run knows what was lowest
+    main([*RESUME, "--num_iterations=14"])
+    assert load("log/best.pt")["step"] == best["step"]
 
+def test_flipped_bits_are_noticed(small):
+    """Whatever bit of a checkpoint is flipped, it is refused or it makes no difference."""
+    main(small)
+    raw = Path("log/last.pt").read_bytes()
+    state = load("log/last.pt")
+    weights = state["model"]["transformer.h.1.mlp.c_up.weight"].numpy().tobytes()
+    places = [raw.index(weights), raw.index(weights) + len(weights) - 1]
+    places += np.random.default_rng(0).integers(0, len(raw), 30).tolist()
+    refused = set()
+    for place in places:
+        flipped = raw[:place] + bytes([raw[place] ^ 16]) + raw[place + 1:]
+        Path("flipped.pt").write_bytes(flipped)
+        try:
+            found = train_gpt2.read_checkpoint(Path("flipped.pt"))["model"]
+            assert all(torch.equal(found[name], w) for name, w in state["model"].items())
+        except SystemExit as e:
+            assert "flipped.pt is no checkpoint" in str(e) and "\n" not in str(e)
+            refused.add(place)
+    assert set(places[:2]) < refused and len(refused) > 20
 
-def test_a_folder_that_cannot_be_made(corpus, capsys):
-    Path("file").write_text("")
-    fails([*SMALL, *corpus, "--output_dir=file/log"], capsys, "file/log", "--output_dir")
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("it_ran"),)
 
+# What happens to a last.pt. After the first group nobody can read it, after the second nobody can
+# resume it.
+SPOILED = """
+path.unlink()
+path.unlink(); path.mkdir()
+path.write_text("hello")
+path.write_bytes(raw[:-1000])
+torch.save([1, 2], path)
+state["model"]["transformer.h.0.attn.c_attn.weight"] = torch.ones(2)
+state["config"] = Evil()
+state.pop("config")
+state.pop("tokenizer")
+state["tokenizer"] = "morse"
+state["config"]["n_layer"] = 3
+state["config"]["n_head"] = 5
+state["config"]["color"] = "red"
+state["model"].pop("transformer.ln_f.weight")
+state["model"]["transformer.ln_f.weight"] = torch.ones(7)
 
-def test_a_torn_log_does_not_stop_resuming():
-    Path("log").mkdir()
-    Path("log/main.log").write_text("s:1 trl:5.0 lr:0.1 norm:1\ns:s:2 trl:4\ns:3 trl:3.0\ns:9 trl:1.0\ns:4 tr")
-    train_gpt2.open_output_dir(Path("log"), 5, False)
-    assert Path("log/main.log").read_text() == "s:1 trl:5.0 lr:0.1 norm:1\ns:3 trl:3.0\n"
+state.pop("step")
+state.pop("best_val_loss")
+state.pop("args")
+state["args"].pop("seed")
+state.pop("optimizer")
+state["optimizer"].pop()
+state["optimizer"][1]["param_groups"][0]["params"].pop()
+"""
 
-
-def test_a_loss_that_is_not_finite_stops_the_run(corpus, capsys, monkeypatch):
-    real, calls = train_gpt2.HeadLoss.apply, []
-    def apply(*args):
-        calls.append(torch.is_grad_enabled())
-        return real(*args) * (math.nan if sum(calls) > 4 else 1)
-    monkeypatch.setattr(train_gpt2.HeadLoss, "apply", apply)
-    fails([*SMALL, *corpus, "--batch_size=16", "--output_dir=log"], capsys, "step 4 has loss nan", "log/last.pt is the last good checkpoint")
-    assert all(w.isfinite().all() for w in weights("log/last.pt").values())
-
-
-def fails(argv, capsys, *messages, main=main):
-    """main(argv) ends in one line on stderr that contains the messages, with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as e:
-        main(argv)
-    err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("WARNING")]
-    assert e.value.code == 2 and len(err) == 1 and err[0].startswith("error: "), err
-    for message in messages:
-        assert message in err[0], err[0]
-
-
-def header(magic=20240520, version=1, count=5000):
-    h = np.zeros(256, "<i4")
-    h[:3] = magic, version, count
-    return h.tobytes()
-
-
-BODY = np.zeros(5000, "<u2").tobytes()
-
-
-@pytest.mark.parametrize("content, messages", [
-    (b"", ["bad.bin", "too short for a token shard", "fineweb.py"]),
-    (header()[:500], ["bad.bin", "too short"]),
-    (header(magic=42) + BODY, ["bad.bin", "magic number is 42"]),
-    (header(version=2) + BODY, ["bad.bin", "version 2"]),
-    (header() + BODY[:-10], ["bad.bin", "truncated"]),
-    (header() + BODY + b"12", ["bad.bin", "overlong"]),
-    (header(count=0), ["bad.bin", "empty"]),
-    (header(count=100) + BODY[:200], ["bad.bin", "too few for one batch", "--total_batch_size"]),
-    (header() + BODY[:-2] + b"\x01\x01" , []),  # the largest id there is, 257, at the very end: outside the vocabulary
-], ids=["no bytes", "half a header", "magic", "version", "truncated", "overlong", "no tokens", "too small", "token id"])
-def test_bad_shards(content, messages, corpus, capsys):
-    Path("bad.bin").write_bytes(content)
-    if not messages:
-        body = np.full(5000, 300, "<u2").tobytes()
-        Path("bad.bin").write_bytes(header() + body)
-        messages = ["bad.bin", "token id 300", "outside the vocabulary of 257", "--tokenizer"]
-    fails([*SMALL, "--input_bin=bad.bin", corpus[1], "--output_dir=log"], capsys, *messages)
-    assert not (Path("log") / "last.pt").exists()
-
-
-@pytest.mark.parametrize("argv, messages", [
-    (["--model=d24"], ["fineweb10B/fineweb_train_*.bin", "python fineweb.py", "--input_bin"]),
-    (["--model=d13"], ["--model", "d13", "d12"]),
-    (["--total_batch_size=500"], ["--total_batch_size 500", "give 480 or 512"]),
-    (["--batch_size=5"], ["--total_batch_size 512", "= batch_size 5 x", "give 480 or 640"]),
-    (["--total_batch_size=0"], ["--total_batch_size 0", "give 32 or 64"]),
-    (["--n_head=5"], ["--n_embd 32 over --n_head 5"]),
-    (["--n_kv_head=3"], ["--n_head 4", "--n_kv_head 3"]),
-    (["--n_head=0"], ["--n_head", "at least 1"]),
-    (["--sequence_length=0"], ["--sequence_length", "at least 1"]),
-    (["--batch_size=-4"], ["--batch_size -4", "not negative"]),
-    (["--input_val_bin=nothing*.bin"], ["nothing*.bin", "python fineweb.py"]),
-    (["--sequence_length=9000", "--total_batch_size=9000"], ["val.bin", "too few"]),
-    (["--learning_rate=fast"], ["--learning_rate", "fast"]),
-    (["--no_such_flag=1"], ["--no_such_flag"]),
-    (["--resume", "--output_dir=nowhere"], ["nowhere/last.pt", "no checkpoint"]),
-    (["--sample=nowhere.pt"], ["nowhere.pt", "no checkpoint"]),
-    (["--sample=text.pt"], ["text.pt", "is no checkpoint"]),
-    (["--sample=other.pt"], ["other.pt", "is no checkpoint"]),
-    (["--sample=."], ["is no checkpoint"]),
-    (["--device=mps" if not torch.backends.mps.is_available() else "--device=cuda"], ["--device", "torch sees none"]),
-])
-def test_bad_flags(argv, messages, corpus, capsys):
-    Path("text.pt").write_text("hello")
-    torch.save({"weights": 1}, "other.pt")
-    fails([*SMALL, *([] if argv == ["--model=d24"] else corpus), "--output_dir=log", *argv], capsys, *messages)
-
-
-def test_resume_refuses_another_model(corpus, capsys):
-    main([*SMALL, *corpus, "--output_dir=log"])
-    for flag, value in (("--norm", "layernorm"), ("--n_layer", "3"), ("--seed", "1"), ("--total_batch_size", "1024")):
-        fails(["--resume", "--output_dir=log", flag, value], capsys, f"{flag} {value} cannot go on in log", "another --output_dir")
-
-
-def test_a_checkpoint_cannot_run_code(capsys):
-    class Evil:
-        def __reduce__(self):
-            return (Path.touch, (Path("it_ran"),))
-    torch.save({"config": Evil(), "model": {}, "tokenizer": "bytes"}, "evil.pt")
-    fails(["--sample=evil.pt"], capsys, "evil.pt is no checkpoint")
+@pytest.mark.parametrize("line", SPOILED.replace("\n\n", "\n").strip().split("\n"))
+def test_bad_checkpoints(line, small, capsys):
+    """Whatever is wrong with a file, it is one line, and no code in it runs."""
+    main(small)
+    path = Path("log/last.pt")
+    state = load(path)
+    exec(line, {**globals(), "path": path, "state": state, "raw": path.read_bytes()})
+    if line.startswith("state"):
+        torch.save(state, path)
+    if line in SPOILED.split("\n\n")[0]:
+        fails(["--sample=log/last.pt"], capsys, "log/last.pt is no checkpoint that can be used")
+    fails([*RESUME, "--num_iterations=8"], capsys, "log/last.pt")
     assert not Path("it_ran").exists()
 
+def test_flags_in_a_checkpoint_do_nothing_else(small, capsys):
+    """It may come from anybody: neither a sample nor a resumed run does what it should not."""
+    main([*small, "--prompt=7 plus"])
+    state = load("log/last.pt")
+    state["args"] |= {"export": ["log/last.pt", "exported"], "output_dir": "elsewhere"}
+    torch.save(state, "log/last.pt")
+    capsys.readouterr()
+    main(["--sample=log/last.pt"])
+    assert capsys.readouterr().out.startswith("def ")
+    main([*RESUME, "--num_iterations=8"])
+    assert load("log/last.pt")["step"] == 8
+    assert not Path("elsewhere").exists() and not Path("exported").exists()
 
-def test_errors_leave_no_traceback(corpus):
-    done = run("--model=d13", check=False)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+def test_a_killed_run_leaves_a_checkpoint(small):
+    """kill -9 while the third last.pt is being written: the second is still there, and goes on."""
+    small += ["--val_loss_every=1", "--batch_size=8"]
+    main([*small, "--output_dir=straight"])
+    process = start(*small, patch="""
+import os, signal, torch
+real = torch.save
+def save(state, f):
+    real(state, f)
+    if state["step"] == 3 and "optimizer" in state:
+        os.truncate(f.name, 1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save
+""")
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert load("log/last.pt")["step"] == 2 and load("log/best.pt")["step"] == 3
+    assert main([*small, "--resume"]) == 0
+    assert list(log_of()) == list(log_of("straight"))
 
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: calls.append("fsync") or fsync(f))
+    monkeypatch.setattr(os, "replace", lambda a, b: calls.append("replace") or replace(a, b))
+    assert train_gpt2.save_checkpoint(Path("a.pt"), {"step": 1})
+    assert calls == ["fsync", "replace"] and load("a.pt") == {"step": 1}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# fineweb.py: downloads, from a server that behaves as the hub does, or misbehaves as it is told
+def test_a_full_disk_leaves_the_old_checkpoint(small, capsys):
+    """A limit on the size of files stands in for the disk: a write fails half-way, as there."""
+    resource = pytest.importorskip("resource", reason="Windows cannot limit the size of files")
+    main(small)
+    before = Path("log/last.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        out = fails([*RESUME, "--num_iterations=12", "--val_loss_every=2"], capsys, "make room",
+                    "the final weights are not saved", "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    # it warned, and went on to the end
+    assert "WARNING: cannot write log/last.pt" in out and max(log_of()) == 11
+    assert Path("log/last.pt").read_bytes() == before and not list(Path("log").glob("*.tmp"))
+    assert main([*RESUME, "--num_iterations=9"]) == 0
+
+# -------------------------------------------------------------------------------------------------
+# 6. Evaluate and sample
+
+def test_validation_counts_the_same_tokens(corpus, monkeypatch):
+    """For any batch size and number of processes; a smaller last batch uses the eager model."""
+    model = tiny_model(vocab_size=257)
+    data = TokenLoader("sums_val_*.bin", 32)
+    wanted = model(*data.batch(0, 70, CPU)).item()
+    sizes = set()
+
+    def compiled(x, y):
+        sizes.add(len(x))
+        return model(x, y)
+
+    monkeypatch.setattr(train_gpt2, "all_sum", lambda values, device: values)
+    for world_size, batch_size in (1, 1), (1, 16), (1, 64), (2, 16), (3, 4), (4, 64):
+        monkeypatch.setattr(train_gpt2, "world_size", world_size)
+        total = 0
+        for rank in range(world_size):
+            monkeypatch.setattr(train_gpt2, "ddp_rank", rank)
+            total += train_gpt2.evaluate(compiled, model, data, 70, batch_size, CPU,
+                                         contextlib.nullcontext, on_batch=lambda: None)
+        assert total == pytest.approx(wanted, abs=1e-5) and sizes == {batch_size}
+        sizes.clear()
+
+def test_generate():
+    """The likeliest id each time, over as much of the text as the model can see."""
+    model = tiny_model()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))  # or it would only repeat itself
+        model.lm_head.weight[99] = 0  # <|endoftext|>
+    ids = [5]
+    for token in train_gpt2.generate(model, [5], 60, temperature=0):
+        assert token == model(torch.tensor([ids[-32:]]))[0, -1].argmax()
+        ids.append(token)
+    assert len(ids) == 61 and len(set(ids)) > 5
+
+    def draw(count, seed=0, **how):
+        generator = torch.Generator().manual_seed(seed)
+        return list(train_gpt2.generate(model, [5], count, generator=generator, **how))
+
+    assert draw(60) == draw(60) != draw(60, seed=1) and draw(60, top_k=1) == ids[1:]
+    firsts = {draw(1, seed, temperature=3, top_k=5)[0] for seed in range(40)}
+    likeliest = model(torch.tensor([[5]]))[0, -1].topk(5).indices.tolist()
+    assert firsts <= set(likeliest) and len(firsts) > 2
+    # without top_k every id may come, but none that only pads the vocabulary
+    with torch.no_grad():
+        model.lm_head.weight[100:] = 50.0
+    everything = {token for seed in range(5) for token in draw(100, seed, temperature=9, top_k=0)}
+    assert len(everything) > 50 and max(everything) < 100
+
+def test_generation_stops_at_the_end_of_a_document():
+    """A model that says 7, and after 7 <|endoftext|>, the last id."""
+    def forward(x):
+        logits = torch.full((1, x.size(1), 128), -math.inf)
+        logits[0, -1, 99 if x[0, -1] == 7 else 7] = 20.0
+        return logits
+
+    model = tiny_model()
+    model.forward = forward
+    assert list(train_gpt2.generate(model, [5], 10)) == [7]
+
+def test_pieces_of_characters(capsys, monkeypatch):
+    """A character of several bytes appears whole, half of one as a mark; <|endoftext|> begins."""
+    asked = []
+
+    def generate(model, ids, *args, **how):
+        asked.extend(ids)
+        return iter([*"né→".encode(), 0xE2, 0x41])
+
+    monkeypatch.setattr(train_gpt2, "generate", generate)
+    train_gpt2.print_sample(tiny_model(vocab_size=257), "bytes", "dé", 0)
+    assert capsys.readouterr().out == "déné→\N{REPLACEMENT CHARACTER}A\n"
+    assert asked == [256, ord("d"), 0xC3, 0xA9]
+
+def test_gpt2_tokenizer():
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:
+        pytest.skip("TIKTOKEN_CACHE_DIR is not set, and tests download nothing")
+    encode, token_bytes = train_gpt2.load_tokenizer("gpt2")
+    # in somebody's text the word is no token
+    assert encode("Hello world") == [15496, 995] and 50256 not in encode("<|endoftext|>")
+    assert b"".join(map(token_bytes, encode("naïve 🙂"))).decode() == "naïve 🙂"
+
+def test_without_a_vocabulary_there_are_no_samples(small, capsys, monkeypatch):
+    """A machine that is offline trains all the same; to sample is an error in one line."""
+    def get_encoding(name):
+        raise ConnectionError("cannot resolve openaipublic.blob.core.windows.net")
+
+    monkeypatch.setitem(sys.modules, "tiktoken", types.SimpleNamespace(get_encoding=get_encoding))
+    for path in Path().glob("sums_*.bin"):
+        path.write_bytes(shard(vocab_size=0))
+    assert main(small) == 0
+    assert "no sample" in (out := capsys.readouterr().out) and "TIKTOKEN_CACHE_DIR" in out
+    assert "python hellaswag.py -m log/" in out and load("log/last.pt")["tokenizer"] == "gpt2"
+    fails(["--sample=log/last.pt"], capsys, "GPT-2's vocabulary", "TIKTOKEN_CACHE_DIR")
+
+# -------------------------------------------------------------------------------------------------
+# 7. The run
+
+def test_flags():
+    """At most 32, each with a word of help; and the commands at the head of the file are real."""
+    actions = [a for a in train_gpt2.make_parser()._actions if a.dest != "help"]
+    assert len(actions) <= 32 and all(action.help for action in actions)
+    commands = re.findall(r"^    (?:python|torchrun .*) train_gpt2\.py(.*?)(?:   .*)?$",
+                          train_gpt2.__doc__, re.M)
+    assert len(commands) >= 4
+    for command in commands:
+        train_gpt2.parse_args(shlex.split(command))
+
+MISTAKES = """
+--model=d13                         -> --model, d13, d12
+--total_batch_size=500              -> --total_batch_size 500, give 480 or 512
+--total_batch_size=0                -> --total_batch_size 0, give 32 or 64
+--batch_size=5                      -> batch_size 5, give 480 or 640
+--batch_size=-4                     -> --batch_size, -4
+--n_head=5                          -> n_embd 32 / n_head 5
+--n_kv_head=3                       -> n_head 4, n_kv_head 3
+--n_layer=0                         -> --n_layer
+--sequence_length=0                 -> --sequence_length
+--sequence_length=9000 --val_tokens=9000 --total_batch_size=9000 -> sums_val_, 9000
+--total_batch_size=5120000          -> sums_train_, --total_batch_size
+--val_tokens=31                     -> --val_tokens
+--val_tokens=nan                    -> --val_tokens, nan
+--learning_rate=nan                 -> --learning_rate, nan
+--learning_rate=inf                 -> --learning_rate, inf
+--learning_rate=-1                  -> --learning_rate, -1
+--learning_rate=fast                -> --learning_rate, fast
+--num_iterations=1e999              -> --num_iterations, 1e999
+--seed=99999999999999999999999      -> --seed
+--no_such_flag=1                    -> --no_such_flag
+--device=cuda                       -> --device cuda
+--device=mps                        -> --device mps
+--input_bin=nothing_train_*.bin     -> nothing_train_*.bin, python fineweb.py
+--input_bin=lonely_train_*.bin      -> lonely_val_*.bin, python fineweb.py
+--input_bin=sums_val_*.bin          -> sums_val_*.bin, _train_
+--sample=nowhere.pt                 -> nowhere.pt
+--output_dir=a_file/log             -> a_file, --output_dir
+"""
+
+@pytest.mark.parametrize("line", MISTAKES.strip().splitlines())
+def test_mistakes_end_in_one_line(line, small, capsys):
+    Path("a_file").write_text("")
+    shutil.copy("sums_train_000002.bin", "lonely_train_000001.bin")
+    flags, messages = line.split("->")
+    fails([*small, *flags.split()], capsys, *messages.strip().split(", "))
+
+def test_a_loss_that_is_not_finite(small, capsys, monkeypatch):
+    """The run ends, and the last good checkpoint stays."""
+    real = HeadLoss.apply
+
+    def apply(*args):
+        return real(*args) * (math.nan if Path("log/last.pt").exists() else 1)
+
+    monkeypatch.setattr(HeadLoss, "apply", apply)
+    fails(small, capsys, "step 3 has loss nan", "log/last.pt")
+    assert all(w.isfinite().all() for w in load("log/last.pt")["model"].values())
+
+@pytest.mark.parametrize("error, message", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "--batch_size"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+     "out of memory"),
+    (OSError(28, "No space left on device"), "No space left"),
+])
+def test_errors_while_training(error, message, small, capsys, monkeypatch):
+    def train(run):
+        raise error
+
+    monkeypatch.setattr(train_gpt2, "train", train)
+    fails(small, capsys, message)
+
+def test_without_a_compiler(small):
+    """--compile needs a C++ compiler on a CPU: one line names the way without."""
+    done = run(*small, "--compile", code=1, PATH="", CXX="no-compiler",
+               TORCHINDUCTOR_CACHE_DIR=os.path.abspath("cache"))
+    assert done.stderr.splitlines()[-1].startswith("error: torch.compile does not work here")
+    assert "--no-compile" in done.stderr and "Traceback" not in done.stderr
+
+def test_the_disk_is_too_small(small, capsys, monkeypatch):
+    """That is said before training, not at its end."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=100_000))
+    assert "loss" not in fails(small, capsys, "log: ", "free", "--output_dir")
+
+def test_a_log_that_cannot_be_written(small, capsys):
+    """Says so, and goes on training."""
+    Path("log/main.log").mkdir(parents=True)
+    assert main(small) == 0 and load("log/last.pt")["step"] == 6
+    assert "WARNING: cannot write main.log" in capsys.readouterr().out
+
+def test_a_run_is_never_written_over(small, capsys):
+    """A folder with a checkpoint is refused; what a run killed early has left is no run."""
+    Path("log").mkdir()
+    Path("log/main.log").write_text("s:0 tel:9.000000\n")
+    assert main(small) == 0 and log_of("log", "tel")[0] < 6
+    before = {path: path.read_bytes() for path in Path("log").iterdir()}
+    fails(small, capsys, "log holds last.pt", "--resume", "another --output_dir")
+    Path("log/last.pt").rename("last.pt")
+    fails(small, capsys, "log holds best.pt", "another --output_dir")
+    Path("last.pt").rename("log/last.pt")
+    assert before == {path: path.read_bytes() for path in Path("log").iterdir()}
+
+def test_the_run_without_flags_keeps_earlier_ones(corpus, capsys, monkeypatch):
+    """It moves them out of its way, but not one that is at work, whose folder is locked."""
+    changes = {"n_layer": 1, "n_embd": 32, "num_iterations": 2, "input_bin": corpus[12:]}
+    monkeypatch.setitem(train_gpt2.PRESETS, "tiny", {**train_gpt2.PRESETS["tiny"], **changes})
+    real = train_gpt2.train
+    number = 0
+
+    def train(run):
+        run.save()
+        for flags in [], ["--resume"], ["--output_dir=logtiny"]:
+            fails(flags, capsys, "a run is at work in logtiny", main=train_gpt2.main)
+        Path("logtiny/mine.txt").write_text(str(number))
+        real(run)
+
+    monkeypatch.setattr(train_gpt2, "train", train)
+    for number in range(3):  # noqa: B007, train() reads it
+        assert main([]) == 0
+    for number, folder in enumerate(("logtiny.1", "logtiny.2", "logtiny")):
+        assert Path(folder, "mine.txt").read_text() == str(number)
+        assert load(f"{folder}/last.pt")["step"] == 2
+    assert len(list(Path().glob("logtiny*"))) == 3
+
+def test_autocast_follows_the_hardware(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    for flags, native in [("sse2 avx2 amx_bf16", True), ("avx512_bf16", True), ("asimd bf16", True),
+                          ("sse2 avx512f amx_int8", False)]:
+        monkeypatch.setattr(Path, "read_text", lambda self, encoding, flags=flags: flags)
+        dtype, autocast = train_gpt2.pick_autocast(None, CPU)
+        assert dtype == ("bfloat16" if native else "float32")
+        with autocast():
+            assert torch.is_autocast_enabled("cpu") == native
+    assert train_gpt2.pick_autocast("bfloat16", CPU)[0] == "bfloat16"
+
+def test_micro_batches_fit_the_device(monkeypatch):
+    """They divide a step; a small GPU, fp32 and a model that is not compiled get smaller ones."""
+    def pick(gigabytes, dtype="bfloat16", compiled=True, sequences=512, config=None):
+        memory = types.SimpleNamespace(total_memory=gigabytes * 1e9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+        size = train_gpt2.pick_batch_size(config or GPTConfig(), 116_510_976, torch.device("cuda"),
+                                          dtype, compiled, sequences)
+        assert sequences % size == 0
+        return size
+
+    assert pick(80) == 64 and 1 <= pick(8) < pick(24) < 64
+    assert pick(24, dtype="float32") < pick(24) and pick(40, compiled=False) < pick(40)
+    assert pick(80, sequences=30) == 30 and pick(8, config=GPTConfig(n_layer=48, n_embd=1536)) == 1
+    # on a CPU 4096 tokens
+    for sequences, size in (512, 4), (6, 3), (5, 1):
+        assert train_gpt2.pick_batch_size(GPTConfig(), 1, CPU, "float32", False, sequences) == size
+
+def test_a_slow_machine_is_told_how_long_it_takes(small, capsys, monkeypatch):
+    """After one micro-batch, and before the first validation, which may take hours."""
+    clock = iter(range(0, 10**9, 60))
+    monkeypatch.setattr(train_gpt2, "time", types.SimpleNamespace(time=lambda: next(clock)))
+    main([*small, "--batch_size=8"])
+    # two micro-batches of a minute, and 64 sequences without a backward pass
+    assert re.search(r"NOTE: .* 2\.0 minutes .* validation 2\.7;.*\nstep +0/6 \| val loss",
+                     capsys.readouterr().out)
+
+def send(monkeypatch, *numbers, at, calls):
+    """The run gets signals in the n-th call of a method of Run, or of a function."""
+    owner = train_gpt2.Run if hasattr(train_gpt2.Run, at) else train_gpt2
+    real = getattr(owner, at)
+
+    def call(*args):
+        nonlocal calls
+        calls -= 1
+        if calls == 0:
+            for number in numbers:
+                # it would end the tests
+                assert signal.getsignal(number) != signal.SIG_DFL
+                os.kill(os.getpid(), number)
+        return real(*args)
+
+    monkeypatch.setattr(owner, at, call)
+
+@pytest.mark.parametrize("numbers", [SIGNALS[:1], SIGNALS[1:2] * 2, SIGNALS[2:]], ids=str)
+@pytest.mark.parametrize("at, calls, step", [
+    ("get_lr", 4, 4),  # at the end of a step, which counts
+    ("micro_batch", 11, 4),  # in the middle of the fifth step; the first two calls are before all
+    ("validate", 2, 3),  # before a step
+])
+def test_signals_stop_a_run_gently(at, calls, step, numbers, small, capsys, monkeypatch):
+    """It saves and says how to go on, and then there is no difference to a run without a pause."""
+    if not numbers:
+        pytest.skip("Windows has no SIGHUP")
+    small += ["--batch_size=8", "--prompt=7 plus"]
+    main([*small, "--output_dir=straight"])
+    with monkeypatch.context() as patch:
+        send(patch, *numbers, at=at, calls=calls)
+        assert main(small) == 128 + numbers[0]
+    assert load("log/last.pt")["step"] == step
+    command = re.search(r"To go on: python train_gpt2\.py (.*)", capsys.readouterr().out)[1]
+    assert main(shlex.split(command)) == 0
+    assert_same_run("log", "straight")
+
+def test_nohup_stays_in_force(small, monkeypatch):
+    """nohup makes a program ignore that its terminal is closed."""
+    if len(SIGNALS) < 3:
+        pytest.skip("Windows has no SIGHUP")
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    send(monkeypatch, signal.SIGHUP, at="get_lr", calls=1)
+    assert main(small) == 0 and load("log/last.pt")["step"] == 6
+
+@pytest.mark.parametrize("times, code", [(1, 130), (2, -signal.SIGINT)])
+def test_ctrl_c(times, code, small):
+    """Once: the run saves and ends. Twice: it ends at once, although a step takes a minute."""
+    process = start(*small, patch=f"""
+import time, torch
+real = torch.Tensor.backward
+calls = []
+def backward(self):
+    calls.append(1)
+    if len(calls) == 4:
+        print("in a step", flush=True)
+        time.sleep({2 if times == 1 else 60})
+    real(self)
+torch.Tensor.backward = backward
+""")
+    while process.stdout.readline() != "in a step\n":
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "\n" and "stopping" in process.stderr.readline()
+    if times == 2:
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=50)
+    assert process.returncode == code and not err, err
+    assert ("To go on" in out) == Path("log/last.pt").exists() == (times == 1)
+
+def test_ctrl_c_before_training():
+    """Nothing is lost by it, and it leaves no traceback."""
+    process = start(patch="""
+import fineweb, time
+fineweb.stdlib_corpus = lambda: (print("making the corpus", flush=True), time.sleep(60))
+""")
+    assert process.stdout.readline() == "making the corpus\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=50) == ("", "") and process.returncode == -signal.SIGINT
+
+def test_head_1_is_quiet(small):
+    """The program that reads what is printed may end first."""
+    process = start(*small, "--num_iterations=10000")
+    assert process.stdout.readline().startswith("model d12")
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(timeout=100) == 1
+
+def test_a_poor_terminal_and_no_docstrings(small):
+    """A terminal that cannot show a character, and python -OO, which drops docstrings."""
+    main(small)
+    done = run("--sample=log/last.pt", "--prompt=a→b", "--device=cpu", python=["-OO"],
+               PYTHONIOENCODING="latin-1:strict")
+    assert done.stdout.startswith("a?b") and done.stderr == ""
+
+def test_two_processes_train_as_one(small):
+    """The same losses to rounding, and gradients meet once a step, not in every micro-batch."""
+    small += ["--optimizer=adamw", "--batch_size=2", "--learning_rate=1e-3"]
+    main([*small, "--output_dir=one"])
+    Path("counting.py").write_text(f"""
+import sys; sys.path.insert(0, {str(Path(SCRIPT).parent)!r})
+import train_gpt2
+meetings = []
+class Counting(train_gpt2.nn.parallel.DistributedDataParallel):
+    def forward(self, *args):
+        meetings.append(self.require_backward_grad_sync)
+        return super().forward(*args)
+train_gpt2.nn.parallel.DistributedDataParallel = Counting
+train_gpt2.main(sys.argv[1:])
+train_gpt2.print0(f"{{meetings == 6 * [False, False, False, True]}}, they met")
+""")
+    done = torchrun(2, *small, script="counting.py")
+    for kind in "trl", "tel", r"trl:\S+ lr:\S+ norm":
+        assert log_of("log", kind) == pytest.approx(log_of("one", kind), rel=1e-3)
+    assert "True, they met" in done.stdout
+
+def test_one_process_begins_and_two_go_on(small, monkeypatch):
+    """With Muon: losses and weights are those of one process alone, to rounding."""
+    small += ["--batch_size=4", "--num_iterations=8"]
+    main([*small, "--output_dir=straight"])
+    crash(small, monkeypatch, when=4)
+    done = torchrun(2, *small, "--resume")
+    assert done.stdout.count("resuming log at step 3") == 1
+    for kind in "trl", "tel":
+        assert log_of("log", kind) == pytest.approx(log_of("straight", kind), rel=1e-3)
+    straight = load("straight/last.pt")["model"]
+    for name, w in load("log/last.pt")["model"].items():
+        assert torch.allclose(w, straight[name], atol=1e-3), name
+
+def test_a_killed_process_ends_the_other(small):
+    """In one line, where it would otherwise wait forever, or print a page."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    small += ["--num_iterations=100000", "--val_loss_every=0"]
+    both = [start(*small, WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1",
+                  MASTER_PORT=port) for rank in "01"]
+    deadline = time.time() + 120
+    while not Path("log/main.log").exists():
+        assert time.time() < deadline and both[0].poll() is None and both[1].poll() is None
+        time.sleep(0.02)
+    both[1].kill()
+    _, err = both[0].communicate(timeout=100)
+    assert both[0].returncode == 1 and err.startswith("error: another process ended")
+    assert "--resume" in err and err.count("\n") == 1
+
+# -------------------------------------------------------------------------------------------------
+# 8. fineweb.py: from text to shards
+
+fineweb_fails = functools.partial(fails, main=fineweb.main)
+
+def start_fineweb(*argv, setup="", **kwargs):
+    """The script in a process of its own; `setup` is code that runs before, to change constants."""
+    script = Path(fineweb.__file__).resolve()
+    code = f"import runpy, sys; sys.path.insert(0, {str(script.parent)!r}); "
+    code += f"import fineweb; {setup}; fineweb.main(sys.argv[1:])"
+    command = ["-c", code] if setup else [str(script)]
+    return subprocess.Popen([sys.executable, *command, *argv], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **kwargs)
+
+def run_fineweb(*argv, **kwargs):
+    """(exit code, stdout, last line of stderr): before it come progress bars and warnings."""
+    process = start_fineweb(*argv, **kwargs)
+    out, err = process.communicate(timeout=120)
+    assert "Traceback" not in err, err
+    return process.returncode, out, (err.splitlines() or [""])[-1]
+
+def read_shard(path):
+    assert fineweb.count_tokens(path) > 0
+    return np.fromfile(path, "<u2", offset=1024)
+
+def wait_until(condition, process):
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+@pytest.fixture
+def bpe():
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("TIKTOKEN_CACHE_DIR is not set, and tests do not download GPT-2's vocabulary")
+    return pytest.importorskip("tiktoken").get_encoding("gpt2")
+
+def write_parquet(path, texts, **kwargs):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table({"text": texts}), path, **kwargs)
+
+TEXTS = ["plain words, and more of them\n", "<|endoftext|> is only a word here<|endoftext|>", "",
+         "naïve 🙂 中文 \u0301\r\n\ttab   spaces   ", " ", "\n\n\n a\n\nb \n", "it's we'll " * 30,
+         "def f(x):\n    return x**2\n" * 20, "a" * 300, " \u3000\u00a0\u2028 x\x1cy"]
+
+def numbered(n):
+    """n documents, all different."""
+    return [f"{i}: {TEXTS[i % len(TEXTS)]}" for i in range(n)]
+
+def documents_in(bpe, folder, split):
+    """The documents of a folder's shards, decoded. Every shard but the last must be full."""
+    shards = [read_shard(path) for path in sorted(Path(folder).glob(f"*_{split}_*.bin"))]
+    assert all(len(shard) == fineweb.SHARD_TOKENS for shard in shards[:-1])
+    ids = np.concatenate(shards)
+    assert ids[0] == 50256
+    return [bpe.decode(part[1:]) for part in np.split(ids, np.flatnonzero(ids == 50256)[1:])]
+
+def test_shard_format():
+    """llm.c's header, whose fourth integer names the vocabulary, and two bytes a token."""
+    fineweb.write_shard("a.bin", np.array([50256, 464, 3797]))
+    fineweb.write_shard("b.bin", [256, 97], vocab_size=257)
+    header = np.zeros(256, "<i4")
+    header[:3] = [20240520, 1, 3]
+    assert Path("a.bin").read_bytes() == header.tobytes() + bytes.fromhex("50c4d001d50e")
+    header[2:4] = [2, 257]
+    assert Path("b.bin").read_bytes() == header.tobytes() + bytes.fromhex("00016100")
+    assert sorted(os.listdir()) == ["a.bin", "b.bin"]
+
+def test_the_worked_example_is_true(bpe):
+    """The ids and bytes that the file's first page shows are those of its ten words."""
+    lines = dict(re.findall(r"^    (text|tokens|ids|bytes) +(.*)$", fineweb.__doc__, re.M)[:3])
+    ids = bpe.encode(lines["text"])
+    assert len(lines["text"].split()) == 10 and lines["ids"] == " ".join(map(str, ids))
+    assert lines["tokens"].split("|") == [bpe.decode([i]) for i in ids][:-1] + ["."]
+    sixteen = np.array([50256, *ids[:7]], "<u2").tobytes().hex(" ")
+    assert f"bytes    {sixteen}\n" in fineweb.__doc__
+
+def test_stdlib_corpus():
+    """Bytes of the library's source, the same files held out everywhere, made only once."""
+    pattern = fineweb.stdlib_corpus()
+    folder = Path(pattern).parent
+    train, val = folder / "stdlib_train_000001.bin", folder / "stdlib_val_000000.bin"
+    assert sorted(Path().glob(pattern)) == [train]
+    ids = {path: read_shard(path) for path in (train, val)}
+    for path in ids:
+        assert ids[path][0] == 256 == ids[path].max() and np.fromfile(path, "<i4", 4)[3] == 257
+    assert 0.01 < len(ids[val]) / len(ids[train]) < 0.06
+    source = Path(json.__file__).read_bytes()
+    assert source in ids[train].astype(np.uint8).tobytes()
+    before = train.stat().st_mtime_ns
+    assert fineweb.stdlib_corpus() == pattern and train.stat().st_mtime_ns == before
+
+def test_your_own_text_in_every_format(bpe, monkeypatch, capsys):
+    """.txt, .jsonl and .parquet, packed, in folders: every document comes back, in its order."""
+    monkeypatch.setattr(fineweb, "SHARD_TOKENS", 1000)
+    for i, text in enumerate(TEXTS):
+        Path("in/books").mkdir(parents=True, exist_ok=True)
+        Path(f"in/books/{i}.txt").write_bytes(text.encode())
+    Path("in/books/ignored.md").write_text("not one of the kinds")
+    Path("in/c.txt.gz").write_bytes(gzip.compress(TEXTS[3].encode()))
+    lines = [json.dumps({"text": text}, ensure_ascii=i % 2) for i, text in enumerate(numbered(99))]
+    Path("in/d.jsonl").write_bytes(("\n\n".join(lines) + "\n").encode("utf-8-sig"))
+    Path("in/e.jsonl.gz").write_bytes(gzip.compress(b'{"text": "half \\ud83d of one"}'))
+    write_parquet("in/f.parquet", numbered(90), row_group_size=7)
+    Path("mine").mkdir()
+    Path("mine/source.txt").write_text("mine")
+    fineweb.main(["--input", "in", "in/c.txt.gz", "--out=mine", "--val_share=0.3"])
+    wanted = [*TEXTS, TEXTS[3], *numbered(99), "half ? of one", *numbered(90)]
+    val, train = (documents_in(bpe, "mine", split) for split in ("val", "train"))
+    assert sorted(val + train) == sorted(wanted)
+    for part in (val, train):  # in order: a walk through wanted meets them all
+        walk = iter(wanted)
+        assert all(text in walk for text in part)
+    characters = [sum(map(len, part)) for part in (val, train)]
+    assert abs(characters[0] / sum(characters) - 0.3) < 0.05
+    assert len(list(Path("mine").glob("text_train_*.bin"))) > 3
+    assert Path("mine/source.txt").read_text() == "mine" and not list(Path("mine").glob("*.tmp"))
+    assert "--input_bin 'mine/text_train_*.bin'" in capsys.readouterr().out
+
+def test_a_long_text_is_cut_without_changing_its_tokens(bpe, monkeypatch):
+    """Whatever the size of the blocks, their tokens are those of the whole text."""
+    rng = np.random.default_rng(0)
+    text = "".join(rng.choice(list("ab1.!'\"\n\t    é的\u00a0\u3000\x1c\x85🙂sdtlvre"), 5000))
+    Path("a.txt").write_text(text, newline="")
+    for size in (2, 3, 10, 64, 10000):
+        monkeypatch.setattr(fineweb, "BLOCK", size)
+        blocks = list(fineweb.read_files([Path("a.txt")]))
+        assert "".join(block for _, block in blocks) == text and (len(blocks) > 20) == (size < 100)
+        assert [begins for begins, _ in blocks] == [True] + [False] * (len(blocks) - 1)
+        assert sum((bpe.encode_ordinary(block) for _, block in blocks), []) == \
+            bpe.encode_ordinary(text)
+
+def test_one_book_gives_training_and_validation(bpe, capsys):
+    """A single .txt is divided, and the command that is printed asks for no more than it has."""
+    Path("book.txt").write_text("".join(f"{i} is a number. " for i in range(20_000)))
+    fineweb.main(["--input", "book.txt", "--out=o"])
+    train, val = read_shard("o/text_train_000001.bin"), read_shard("o/text_val_000000.bin")
+    assert train[0] == val[0] == 50256 and len(val) < 0.3 * len(train)
+    batch, steps = map(int, re.search(r"--total_batch_size (\d+) --num_iterations (\d+)",
+                                      capsys.readouterr().out).groups())
+    assert batch % 1024 == 0 and 4 < len(train) / batch and 3.5 < steps * batch / len(train) <= 4
+
+PARQUET = b"PAR1 and then nothing"
+DEEP = b'{"text": ' + b"[" * 50_000
+
+@pytest.mark.parametrize("name, content, messages", [
+    ("bad.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', ["row 3"]),
+    ("bad.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', ["row 2", '"text"']),
+    ("bad.jsonl", b'{"text": "a"}\n{"text": null}\n', ["row 2", '"text"']),
+    ("bad.jsonl", b'["a"]\n', ["row 1"]),
+    ("bad.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}', ["row 2", "utf-8"]),
+    ("bad.jsonl", b'{"text": "a"}\n' + DEEP, ["row 2", "recursion"]),
+    ("bad.txt", b"caf\xe9 in another encoding", ["utf-8"]),
+    ("bad.txt.gz", gzip.compress(b"a" * 1000)[:-20], ["ended"]),
+    ("bad.txt.gz", b"no gzip at all", ["gzip"]),
+    ("bad.jsonl.gz", gzip.compress(bytes(range(256)) * 99)[:40] + b"?" * 40, ["decompress"]),
+    ("bad.parquet", PARQUET, ["Parquet"]),
+    ("bad.md", b"words", [".jsonl"]),
+    ("bad.txt", None, ["no file"]),
+    ("empty", None, ["no file"]),
+])
+def test_bad_input(name, content, messages, bpe, capsys):
+    """Each is one line that names the file; no shard and nothing half done is left."""
+    if content is PARQUET:
+        pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    Path("a.txt").write_text("good")
+    Path("empty").mkdir()
+    if content is not None:
+        Path(name).write_bytes(content)
+    fineweb_fails(["--input", "a.txt", name, "--out=mine"], capsys, name, *messages)
+    assert not list(Path().rglob("*.bin")) and not list(Path().rglob("*.tmp"))
+
+def test_a_damaged_parquet_file_is_named_itself(bpe, capsys):
+    """Wherever its bytes are wrong, the message names the file and not the output's folder."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    write_parquet("a.parquet", numbered(2000), compression="zstd", row_group_size=500)
+    write_parquet("b.parquet", [None])
+    write_parquet("c.parquet", ["x"])
+    whole = Path("a.parquet").read_bytes()
+    pyarrow.parquet.write_table(pyarrow.table({"words": ["a"]}), "c.parquet")
+    for name in ("b.parquet", "c.parquet"):
+        fineweb_fails(["--input", name, "--out=mine"], capsys, f"error: {name}, row 1", '"text"')
+    named = 0
+    for i in range(20):
+        start = len(whole) * i // 20
+        Path("a.parquet").write_bytes(whole[:start] + bytes(40) + whole[start + 40:])
+        try:
+            list(fineweb.read_files([Path("a.parquet")]))
+        except SystemExit as e:
+            assert e.code.startswith("error: a.parquet, row ")
+            named += 1
+    assert named > 10
+
+def test_bad_ways_to_call_fineweb(bpe, capsys, monkeypatch):
+    Path("a.txt").write_text("too little")
+    Path("b.txt").write_text("too little " * 2000)
+    write_parquet("b.parquet", ["x"])
+    for argv, *messages in (
+            (["--input", "a.txt"], "--out"), (["--val_share=1"], "--val_share"),
+            (["--input", "a.txt", "--out=o", "--tokenize"], "--tokenize"),
+            (["--shards=0"], "--shards"), (["-v=1T"], "1T"), (["--colour=red"], "--colour"),
+            (["-t=edu", "-v=100B"], "--tokenize"),
+            (["--input", "a.txt", "b.txt", "--out=p"], "too small")):
+        fineweb_fails(argv, capsys, *messages)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    fineweb_fails(["--input", "b.parquet", "--out=q"], capsys, "b.parquet", "pip install pyarrow")
+    monkeypatch.setattr("tiktoken_ext.openai_public.gpt2", lambda: os.stat("no vocabulary"))
+    fineweb_fails(["--input", "b.txt", "--out=r"], capsys, "no vocabulary", "TIKTOKEN_CACHE_DIR")
+
+def test_a_folder_belongs_to_one_run(bpe, capsys):
+    """Shards that are there are not written over, nor those that another run is making."""
+    Path("a.txt").write_text("word " * 40_000)
+    argv = ["--input", "a.txt", "--out=mine"]
+    Path("mine/tokenizing.tmp").mkdir(parents=True)
+    Path("mine/tokenizing.tmp/kept").touch()
+    fineweb_fails(argv, capsys, "another run", "remove mine/tokenizing.tmp")
+    assert Path("mine/tokenizing.tmp/kept").exists()
+    shutil.rmtree("mine/tokenizing.tmp")
+    fineweb.main(argv)
+    before = {path: path.read_bytes() for path in Path("mine").iterdir()}
+    for other in (argv, ["--tokenize", "--out=mine"]):
+        fineweb_fails(other, capsys, "mine holds shards already")
+    assert {path: path.read_bytes() for path in Path("mine").iterdir()} == before
+
+def test_a_full_disk_is_one_line(bpe):
+    """RLIMIT_FSIZE stands for the disk: no file may grow beyond 100 kB."""
+    Path("a.txt").write_text("word " * 400_000)
+    code, _, err = run_fineweb("--input", "a.txt", "--out=mine", preexec_fn=lambda: (
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))))
+    assert code == 1 and err.startswith("error: cannot write to mine") and not os.listdir("mine")
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_tokenizing_leaves_nothing_that_looks_finished(bpe, number, capsys):
+    """Ctrl-C cleans up after itself; a killed run leaves a folder that the next one names."""
+    Path("a.jsonl").write_text((json.dumps({"text": "word " * 500}) + "\n") * 20_000)
+    process = start_fineweb("--input", "a.jsonl", "--out=mine",
+                            setup="fineweb.SHARD_TOKENS = 100_000")
+    wait_until(lambda: len(list(Path("mine").rglob("*.bin"))) > 2, process)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert not list(Path("mine").glob("*.bin"))
+    if number == signal.SIGKILL:
+        fineweb_fails(["--input", "a.jsonl", "--out=mine"], capsys, "remove mine/tokenizing.tmp")
+    else:
+        assert not os.listdir("mine")
+
+def test_pipes_and_ctrl_c_are_quiet(bpe):
+    """--help goes through a pipe, a reader that leaves is no error, Ctrl-C is exit code 130."""
+    code, out, err = run_fineweb("--help")
+    assert code == 0 and "--val_share" in out and not err
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = {**os.environ, "PYTHONUNBUFFERED": ""}  # so that a text waits for the end, as usual
+    done = subprocess.run([sys.executable, fineweb.__file__, "--help"], stdout=writer, env=env,
+                          stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert not done.stderr
+    Path("a.jsonl").write_text((json.dumps({"text": "word " * 500}) + "\n") * 20_000)
+    process = start_fineweb("--input", "a.jsonl", "--out=mine")
+    wait_until(lambda: Path("mine").exists(), process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and not err
+
+# -------------------------------------------------------------------------------------------------
+# fineweb.py: downloads, from a server that answers as the hub does
+
+COMMIT = "c" * 40
 
 class Hub(http.server.ThreadingHTTPServer):
-    """files: {dataset/path: bytes}. An address on it redirects to another host, as the hub's do, and names size and sha256 on
-    the way. faults: {a word in the address: [a fault for each of the next requests]}."""
+    """files: {dataset/path: bytes}. faults: {word in "METHOD address": [a fault for each of the
+    next requests]}: a status, "cut" (half of the body) or "stall" (half of it, and then nothing).
+    log: (method, path, Range, whether a token came)."""
     daemon_threads = True
 
     def __init__(self, files):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.faults, self.token, self.page, self.speed = files, collections.defaultdict(list), None, 1000, None
-        self.log = []  # (path, Range or None)
+        self.files = files
+        self.faults = collections.defaultdict(list)
+        self.log = []
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def handle_error(self, *args):
         pass  # a client that hangs up is part of the test
-
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -967,1055 +1562,889 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, code, body=b"", length=None, **headers):
         self.send_response(code)
-        for name, value in {"Content-Length": len(body) if length is None else length, **headers}.items():
+        length = len(body) if length is None else length
+        for name, value in {"Content-Length": length, **headers}.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        step = self.server.speed or len(body) or 1
-        for i in range(0, len(body), step):
-            self.wfile.write(body[i:i + step])
-            if self.server.speed:
-                time.sleep(0.005)
+        if self.command != "HEAD":
+            self.wfile.write(body)
+            self.wfile.flush()
 
     def do_GET(self):
-        hub, path, asked = self.server, self.path, self.headers.get("Range")
-        hub.log.append((path, asked))
-        fault = next((f.pop(0) for word, f in hub.faults.items() if f and word in path), None)
+        hub = self.server
+        token = "Authorization" in self.headers
+        hub.log.append((self.command, self.path, self.headers.get("Range"), token))
+        line = f"{self.command} {self.path}"
+        fault = next((f.pop(0) for word, f in hub.faults.items() if f and word in line), None)
         if isinstance(fault, int):
-            return self.answer(fault, b"not now", **({"Retry_After": 1} if fault == 429 else {}))
-        if fault == "html":
-            return self.answer(200, b"<html>sign in</html>", Content_Type="text/html; charset=utf-8")
-        if path.startswith("/blob/"):  # the content host
-            assert "Authorization" not in self.headers  # a token is the hub's business alone
-            body = hub.files[path[6:]]
-            if fault == "flip":
-                body = body[:9] + bytes([body[9] ^ 1]) + body[10:]
-            start, code, headers = 0, 200, {}
-            if asked and fault != "no range":
-                start, code = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]), 206
-                headers = dict(Content_Range=f"bytes {start}-{len(body) - 1}/{len(body)}")
-            body = body[start:]
-            if fault == "short":  # says that half is all
-                return self.answer(code, body[:len(body) // 2], **headers)
-            if fault == "long":
-                return self.answer(code, body + b"more", **headers)
-            if fault in ("cut", "stall"):
-                self.answer(code, body[:len(body) // 2], len(body), **headers)
-                self.wfile.flush()
-                time.sleep(4 if fault == "stall" else 0)
+            return self.answer(fault, b"not now", **({"Retry_After": 0} if fault == 429 else {}))
+        if self.path.startswith("/content/"):  # the second host
+            body = hub.files[self.path[9:]]
+            start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+            headers = {"Content_Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
+            code, rest = (206 if start else 200), body[start:]
+            if fault:
+                self.answer(code, rest[:len(rest) // 2], len(rest), **headers)
+                time.sleep(600 if fault == "stall" else 0)
                 self.close_connection = True
-                return
-            return self.answer(code, body, **headers)
-        if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
-            return self.answer(401, b"who are you?")
-        if match := re.fullmatch(r"/api/datasets/(\w+/[\w-]+)/tree/main/([\w/]+)(?:\?page=(\d+))?", path):
-            repo, folder, page = match[1], match[2], int(match[3] or 0)
-            names = [name[len(repo) + 1:] for name in hub.files if name.startswith(f"{repo}/{folder}/")]
-            entries = [{"type": "directory", "path": folder + "/more"}] + [{"type": "file", "path": name} for name in reversed(names)]
-            following = f'<{path.split("?")[0]}?page={page + 1}>; rel="next"' if entries[(page + 1) * hub.page:] else ""
-            entries = entries[page * hub.page:(page + 1) * hub.page]
-            return self.answer(200, json.dumps(entries).encode(), Content_Type="application/json", **({"Link": following} if following else {}))
-        match = re.fullmatch(r"(?:/datasets)?/([\w-]+/[\w-]+)/resolve/main/([\w/.]+)", path)
-        if not match or f"{match[1]}/{match[2]}" not in hub.files:
-            return self.answer(404, b"Entry not found")
-        name = f"{match[1]}/{match[2]}"
-        self.answer(302, b"Found", Location=f"http://localhost:{hub.server_port}/blob/{name}", X_Linked_Size=len(hub.files[name]),
-                    X_Linked_Etag=f'"{hashlib.sha256(hub.files[name]).hexdigest()}"')
+                return None
+            return self.answer(code, rest, **headers)
+        match = re.match(r"(?:/api)?/datasets/([\w-]+/[\w-]+)/(\w+)/(.*)", self.path)
+        if not match:
+            return self.answer(404, b"no such page")
+        repo, kind, path = match.groups()
+        if kind == "revision":
+            return self.answer(200, json.dumps({"id": repo, "sha": COMMIT}).encode())
+        if kind == "tree":
+            entries = [{"type": "file", "path": name[len(repo) + 1:], "size": len(body),
+                        "oid": "0" * 40, "lfs": {"size": len(body), "pointerSize": 1,
+                                                 "oid": hashlib.sha256(body).hexdigest()}}
+                       for name, body in hub.files.items() if name.startswith(repo + "/")]
+            return self.answer(200, json.dumps(entries).encode())
+        name = f"{repo}/{path.split('/', 1)[1]}"
+        return self.answer(302, Location=f"http://localhost:{hub.server_port}/content/{name}",
+                           X_Repo_Commit=COMMIT, X_Linked_Size=len(hub.files[name]),
+                           X_Linked_Etag=f'"{hashlib.sha256(hub.files[name]).hexdigest()}"')
 
+    do_HEAD = do_GET
 
 @pytest.fixture
-def hub(monkeypatch):
-    """Two training shards and the validation shard of kjj0/fineweb10B-gpt2, about 20 kB each; no waiting."""
-    rng, files = np.random.default_rng(0), {}
-    for name in ("val_000000", "train_000001", "train_000002"):
-        write_shard("made.bin", rng.integers(0, 50257, 10000))
-        files[f"kjj0/fineweb10B-gpt2/fineweb_{name}.bin"] = Path("made.bin").read_bytes()
-    Path("made.bin").unlink()
+def hub(tmp_path, monkeypatch):
+    """The validation shard and two training shards of two datasets, 40 kB each."""
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    rng = np.random.default_rng(0)
+    files = {}
+    for dataset in ("fineweb10B-gpt2/fineweb", "finewebedu10B-gpt2/finewebedu"):
+        for name in ("val_000000", "train_000001", "train_000002"):
+            fineweb.write_shard("made", rng.integers(0, 50257, 20_000))
+            files[f"kjj0/{dataset}_{name}.bin"] = Path("made").read_bytes()
+    Path("made").unlink()
     server = Hub(files)
-    for name, value in (("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/"), ("NO_PROXY", "*"), ("HOME", os.getcwd())):
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    for name, value in (("WAIT", 0.01), ("TIMEOUT", (5, 1.5)), ("PIECE", 4096)):
-        monkeypatch.setattr(fineweb, name, value)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NO_PROXY", "*")
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
     yield server
     server.shutdown()
     server.server_close()
 
+def downloaded(hub, folder="fineweb10B", prefix="fineweb_"):
+    """The folder holds the dataset's shards, byte for byte, and beside .cache nothing else."""
+    there = {path.name: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()
+             and ".cache" not in path.parts}
+    return there == {name.split("/")[-1]: body for name, body in hub.files.items()
+                     if name.split("/")[-1].startswith(prefix)}
 
-def downloaded(hub, folder="fineweb10B"):
-    """The folder holds the hub's shards, byte for byte, and nothing half done."""
-    there = {p.name: p.read_bytes() for p in Path(folder).glob("fineweb_*")}
-    return there == {name.split("/")[-1]: body for name, body in hub.files.items()}
-
-
-def test_downloaded_shards_are_what_train_gpt2_looks_for(hub, capsys):
-    assert fineweb.main(["--shards=2"]) == 0 and downloaded(hub)
-    loader = TokenLoader(DEFAULTS["input_bin"], 99, 50257)
-    assert len(loader.paths) == 2 and loader.total == 2 * (9999 // 99)
-    assert TokenLoader(DEFAULTS["input_val_bin"], 99, 50257).total == 9999 // 99
-    assert "python train_gpt2.py --model d24\n" in capsys.readouterr().out
-    # once more: all is checked against what the hub names, nothing is fetched
+def test_downloaded_shards(hub):
+    """They lie where train_gpt2.py looks; again, nothing is fetched; -t edu keeps its names."""
+    code, out, err = run_fineweb("--shards=1")
+    assert code == 0 and len(list(Path("fineweb10B").glob("*.bin"))) == 2, err
+    code, out, err = run_fineweb()
+    assert code == 0 and downloaded(hub) and "python train_gpt2.py --model d12 --total" in out, err
     hub.log.clear()
-    assert fineweb.main(["--shards=2"]) == 0 and downloaded(hub) and not [p for p, _ in hub.log if "/blob/" in p]
+    assert run_fineweb("--shards=2")[0] == 0 and downloaded(hub)
+    assert not [path for _, path, _, _ in hub.log if path.startswith("/content/")]
+    code, out, err = run_fineweb("-t=edu")
+    assert code == 0 and downloaded(hub, "edu_fineweb10B", "finewebedu_"), err
+    assert "--input_bin 'edu_fineweb10B/finewebedu_train_*.bin'" in out
 
+@pytest.mark.parametrize("where, fault", [("GET /content/", "cut"), ("GET /content/", 500),
+                                          ("GET /content/", 429), ("HEAD /datasets/", 500),
+                                          ("HEAD /datasets/", 429), ("GET /api/datasets/", 500)])
+def test_faults_on_the_way_change_no_shard(hub, fault, where):
+    """What the library does not bear ends in one line, and the same command completes the rest."""
+    if fault == "cut":  # the library keeps of a broken answer what it has of 10 MB each
+        fineweb.write_shard("made", np.arange(12_000_000) % 50257)
+        hub.files["kjj0/fineweb10B-gpt2/fineweb_train_000001.bin"] = Path("made").read_bytes()
+        where += "kjj0/fineweb10B-gpt2/fineweb_train_000001"
+    hub.faults[where] = [fault]
+    code, _, err = run_fineweb()
+    if code:
+        assert code == 1 and err.startswith("error: kjj0/fineweb10B-gpt2: "), err
+        code, _, err = run_fineweb()
+    assert code == 0 and downloaded(hub) and not hub.faults[where], err
+    ranges = [asked for _, path, asked, _ in hub.log if asked and path.startswith("/content/")]
+    assert bool(ranges) == (fault == "cut")
 
-def test_shards_flag_takes_the_first_ones(hub):
-    assert fineweb.main(["--shards=1", "--out=here"]) == 0
-    assert sorted(p.name for p in Path("here").glob("*.bin")) == ["fineweb_train_000001.bin", "fineweb_val_000000.bin"]
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_download_can_be_stopped_at_any_moment(hub, number):
+    """Half a file has no shard's name, Ctrl-C waits for nothing, and the same command goes on."""
+    hub.faults["GET /content/kjj0/fineweb10B-gpt2/fineweb_train_000002"] = ["stall"] * 9
+    process = start_fineweb(env={**os.environ, "HF_HUB_DOWNLOAD_TIMEOUT": "600"})
+    wait_until(lambda: any("content" in path and "2.bin" in path for _, path, _, _ in hub.log),
+               process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else -9) and "Trace" not in err
+    for path in Path("fineweb10B").glob("*.bin"):
+        assert path.read_bytes() == hub.files[f"kjj0/fineweb10B-gpt2/{path.name}"]
+    hub.faults.clear()
+    assert run_fineweb()[0] == 0 and downloaded(hub)
 
-
-@pytest.mark.parametrize("where, fault", [
-    *[("/blob/", fault) for fault in ("cut", "stall", "short", "long", "flip", "html", 429, 500, 503, 408)],
-    *[("/datasets/", fault) for fault in ("html", 429, 500, 503)]])
-def test_faults_that_pass(hub, fault, where, capsys):
-    """Each comes three times over all files; afterwards every byte is right."""
-    hub.faults[where] = [fault] * 3
-    assert fineweb.main(["--shards=2"]) == 0 and downloaded(hub) and not hub.faults[where]
-
-
-def test_a_cut_download_is_resumed(hub, capsys):
-    hub.faults["blob/kjj0/fineweb10B-gpt2/fineweb_val"] = ["cut"]
-    assert fineweb.main(["--shards=1"]) == 0
-    ranges = [asked for path, asked in hub.log if "blob" in path and "val" in path]
-    assert ranges[0] is None and 0 < int(ranges[1][6:-1]) <= 10512 and len(ranges) == 2  # half of 1024 + 20000
-
-
-def test_a_server_without_ranges(hub, capsys):
-    hub.faults["blob/kjj0/fineweb10B-gpt2/fineweb_val"] = ["cut", "no range"]
-    assert fineweb.main(["--shards=2"]) == 0 and downloaded(hub)
-    assert len([p for p, _ in hub.log if "blob" in p and "val" in p]) == 2  # it begins anew, and that is enough
-
-
-def test_retry_after_is_respected(hub, monkeypatch):
-    slept = []
-    monkeypatch.setattr(time, "sleep", slept.append)
-    hub.faults["/datasets/"] = [429]
-    assert fineweb.main(["--shards=1"]) == 0 and 1 in slept
-
-
-def test_damaged_files_are_fetched_again(hub, capsys):
-    fineweb.main(["--shards=2"])
-    first, second = (Path(f"fineweb10B/fineweb_train_00000{i}.bin") for i in (1, 2))
-    first.write_bytes(first.read_bytes()[:-1] + b"!")
-    second.write_bytes(second.read_bytes()[:-100])
-    assert fineweb.main(["--shards=2"]) == 0
-    assert "has not the sha256 that the hub names" in capsys.readouterr().out
-    for path in (first, second):  # kept, in case it was somebody's own
-        Path(f"{path}.old").unlink()
-    assert downloaded(hub)
-
-
-def test_a_half_file_of_an_earlier_run_is_completed(hub):
-    Path("fineweb10B").mkdir()
-    whole = hub.files["kjj0/fineweb10B-gpt2/fineweb_val_000000.bin"]
-    Path("fineweb10B/fineweb_val_000000.bin.part").write_bytes(whole[:5000])
-    assert fineweb.main(["--shards=2"]) == 0 and downloaded(hub)
-    assert ("/blob/kjj0/fineweb10B-gpt2/fineweb_val_000000.bin", "bytes=5000-") in hub.log
-
-
-def test_a_wrong_half_file_does_no_harm(hub, capsys):
-    Path("fineweb10B").mkdir()
-    for name, size in (("val_000000", 5000), ("train_000001", 21024), ("train_000002", 99999)):
-        Path(f"fineweb10B/fineweb_{name}.bin.part").write_bytes(bytes(size))
-    assert fineweb.main(["--shards=2"]) == 0 and downloaded(hub)
-
-
-def test_a_shard_that_is_none_is_refused_though_the_hub_vouches_for_it(hub, capsys):
-    hub.files["kjj0/fineweb10B-gpt2/fineweb_train_000001.bin"] = b"x" * 30000
-    fails(["--shards=1"], capsys, "fineweb_train_000001.bin", "no shard's header", main=fineweb.main)
-    assert not Path("fineweb10B/fineweb_train_000001.bin").exists()
-
-
-def test_looking_at_sizes_while_files_get_their_names():
-    """The progress line looks at a download at any moment, that of its renaming included."""
-    download, stop = fineweb.Download("", Path("a.bin")), threading.Event()
-    def rename():
-        while not stop.is_set():
-            Path("a.bin.part").write_bytes(b"1234567")
-            os.replace("a.bin.part", "a.bin")
-            os.unlink("a.bin")
-    thread = threading.Thread(target=rename)
-    thread.start()
-    try:
-        assert {download.have() for _ in range(30000)} == {0, 7}
-    finally:
-        stop.set()
-        thread.join()
-
-
-def test_several_files_at_a_time(hub, monkeypatch):
-    together, most, real = [0], [0], fineweb.fetch
-    def fetch(download):
-        together[0] += 1
-        most[0] = max(most[0], together[0])
-        time.sleep(0.1)
-        try:
-            return real(download)
-        finally:
-            together[0] -= 1
-    monkeypatch.setattr(fineweb, "fetch", fetch)
-    assert fineweb.main(["--shards=2"]) == 0 and most[0] == 3
-
-
-def test_a_token_goes_to_the_hub_only(hub, monkeypatch, capsys):
-    hub.token = "hf_secret"
-    fails(["--shards=1"], capsys, "401", "/datasets/kjj0/", "HF_TOKEN", main=fineweb.main)
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    assert fineweb.main(["--shards=1"]) == 0  # and the content host asserts that it sees none
-
-
-def test_errors_that_will_not_pass(hub, capsys, monkeypatch):
-    fails(["--shards=3"], capsys, "404", "fineweb_train_000003.bin", "HF_ENDPOINT", main=fineweb.main)
-    fails(["-t=edu", "-v=100B"], capsys, "--tokenize", main=fineweb.main)
-    hub.faults["/datasets/"] = ["html"] * 1000
-    fails(["--shards=1"], capsys, "web page", "fineweb_", main=fineweb.main)
-    hub.faults["/datasets/"] = [503] * 1000
-    fails(["--shards=1"], capsys, "503", "HF_ENDPOINT", main=fineweb.main)
-    hub.faults["/datasets/"] = []
-    hub.faults["/blob/"] = ["flip"] * 1000
-    fails(["--shards=1"], capsys, "sha256", "times in a row", main=fineweb.main)
-    hub.faults["/blob/"] = []
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
-    fails(["--shards=1"], capsys, "refused", f"127.0.0.1:{port}", "HF_ENDPOINT", main=fineweb.main)
-    monkeypatch.setenv("HF_ENDPOINT", "not an address")
-    fails(["--shards=1"], capsys, "not an address", "HF_ENDPOINT", main=fineweb.main)
-
-
-def test_a_renamed_dataset_is_followed(hub, monkeypatch):
-    """The hub redirects an old name to the new one, on itself; a circle of redirects is an error, not a hang."""
-    name = "kjj0/fineweb10B-gpt2/fineweb_val_000000.bin"
-    real = Handler.do_GET
-    def do_GET(self):
-        if "/old/" in self.path:
-            return self.answer(307, b"", Location=self.path.replace("/old/", "/kjj0/"))
-        if "/circle/" in self.path:
-            return self.answer(307, b"", Location=self.path)
-        real(self)
-    monkeypatch.setattr(Handler, "do_GET", do_GET)
-    download = fineweb.Download(f"{fineweb.hub()}/datasets/old/fineweb10B-gpt2/resolve/main/fineweb_val_000000.bin", Path("a.bin"))
-    fineweb.prepare([download])
-    assert list(fineweb.fetched([download])) == [Path("a.bin")] and Path("a.bin").read_bytes() == hub.files[name]
-    assert download.sha256 == hashlib.sha256(hub.files[name]).hexdigest()
-    with pytest.raises(fineweb.requests.ConnectionError):
-        fineweb.probe(fineweb.Download(f"{fineweb.hub()}/circle/x", Path("b.bin")))
-
-
-def test_disk_space_is_checked_first(hub, capsys, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: collections.namedtuple("usage", "free")(10_000_000))
-    for name in hub.files:
-        hub.files[name] += bytes(20_000_000)
-    fails(["--shards=2"], capsys, "fineweb10B", "0.05 GB of disk space are missing", "--shards", main=fineweb.main)
-    assert not [p for p, _ in hub.log if "/blob/" in p]
-
-
-def test_a_disk_that_fills_up_all_the_same(hub, capsys):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10000, hard))
-    try:
-        fails(["--shards=1"], capsys, "fineweb10B: ", "goes on from here", main=fineweb.main)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, old)
-    assert fineweb.main(["--shards=2"]) == 0 and downloaded(hub)
-
-
-def start_fineweb(*args, code="pass"):
-    """fineweb.py in a process of its own, after some code has changed its constants."""
-    code = f"import os, sys; sys.path.insert(0, {str(Path(SCRIPT).parent)!r}); import fineweb; fineweb.PIECE = 2000; {code}; os._exit(fineweb.main(sys.argv[1:]))"
-    return subprocess.Popen([sys.executable, "-c", code, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.parametrize("terminal", [False, True], ids=["file", "terminal"])
-def test_progress_line(terminal, monkeypatch, capsys):
-    """A new line each minute in a file, the same line twice a second in a terminal; rate and time left of what goes on now."""
-    clock = [1000.0]
-    monkeypatch.setattr(time, "time", lambda: clock[0])
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
-    meter = fineweb.Meter(20_000_000_000)
-    for i in range(1, 791):  # 79 seconds at 20 MB/s
-        clock[0] += 0.1
-        meter.show(2_000_000 * i)
-    out = capsys.readouterr().out
-    assert out.count("\r") == out.count("min left") * terminal and out.count("\n") == out.count("min left") * (not terminal)
-    assert 120 < out.count("min left") < 160 if terminal else out.count("min left") == 1
-    assert re.search(r"1\.\d\d of 20\.00 GB \| 20\.0 MB/s \| 15\.\d min left", out)
-
-
-def test_downloads_survive_kill_at_any_moment(hub):
-    hub.speed, rng = 300, np.random.default_rng(0)
-    wholes = {name.split("/")[-1]: body for name, body in hub.files.items()}
-    for i in range(6):
-        process = start_fineweb("--shards=2")
-        before = len(hub.log)
-        wait_for(lambda: [p for p, _ in hub.log[before:] if "/blob/" in p] or process.poll() is not None, [])
-        time.sleep(rng.uniform(0, 0.25))
-        process.kill()
-        process.communicate()
-        for path in Path("fineweb10B").glob("*.bin"):
-            assert path.read_bytes() == wholes[path.name]
-    hub.speed = None
-    assert any(asked for _, asked in hub.log)  # something was resumed
-    assert fineweb.main(["--shards=2"]) == 0 and downloaded(hub)
-
-
-def test_ctrl_c_says_how_to_go_on(hub):
-    hub.speed = 50
-    process = start_fineweb("--shards=2")
-    wait_for(lambda: any("/blob/" in p for p, _ in hub.log), [process])
+def test_an_interrupted_download_of_raw_text_can_be_repeated(bpe, hub):
+    """Nothing is claimed before the text is there, and no text is fetched for a refusal."""
+    write_parquet("made", numbered(200))
+    name = "HuggingFaceFW/fineweb/sample/10BT/000_00000.parquet"
+    hub.files[name] = Path("made").read_bytes()
+    hub.faults[f"GET /content/{name}"] = ["stall"]
+    setup = "fineweb.SHARD_TOKENS = 1000"
+    process = start_fineweb("--tokenize", "--shards=2", setup=setup)
+    wait_until(lambda: any("/content/" in path for _, path, _, _ in hub.log), process)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
-    assert process.returncode == 130 and "the same command goes on from here" in out and not err
+    process.communicate(timeout=60)
+    assert process.returncode == 130 and os.listdir("fineweb10B") == ["raw"]
+    _, _, err = run_fineweb("--tokenize", "--shards=2", setup=setup)
+    assert len(list(Path("fineweb10B").glob("*.bin"))) == 3, err
+    hub.log.clear()
+    _, _, err = run_fineweb("--tokenize", "--shards=2", setup=setup)
+    assert "holds shards already" in err and not hub.log
 
+def test_a_token_stays_with_the_hub(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert run_fineweb()[0] == 0
+    seen = {(path.startswith("/content/"), token) for _, path, _, token in hub.log
+            if "kjj0" in path}
+    assert seen == {(False, True), (True, False)}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# fineweb.py: from documents to shards
+def test_what_is_not_the_hubs_is_not_replaced(hub):
+    """Somebody's own shard stays; a damaged one, which the hub vouches for, is named."""
+    Path("fineweb10B").mkdir()
+    own = Path("fineweb10B/fineweb_train_000001.bin")
+    fineweb.write_shard(own, [50256, 1, 2])
+    before = own.read_bytes()
+    code, _, err = run_fineweb("--shards=1")
+    assert code == 1 and f"{own} is not the hub's file" in err and own.read_bytes() == before
+    own.unlink()
+    name = "kjj0/fineweb10B-gpt2/fineweb_train_000001.bin"
+    hub.files[name] = hub.files[name][:-2]
+    code, _, err = run_fineweb("--shards=1")
+    assert code == 1 and f"{own} is damaged" in err and "remove it" in err
 
-@pytest.fixture
-def bpe():
-    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
-        pytest.skip("TIKTOKEN_CACHE_DIR is not set, and tests do not download GPT-2's vocabulary")
-    import tiktoken
-    return tiktoken.get_encoding("gpt2")
+def test_errors_of_the_hub_are_one_line(hub, monkeypatch):
+    hub.faults["/api/"] = [401] * 9
+    code, _, err = run_fineweb()
+    assert code == 1 and "401" in err and "HF_TOKEN" in err
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "HF_HUB_OFFLINE" in run_fineweb()[2]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    code, _, err = run_fineweb()
+    assert code == 1 and err.startswith("error: kjj0/") and "HF_ENDPOINT" in err
 
+def test_raw_text_becomes_llmc_shards(bpe, hub):
+    """The first shard validates, whatever the number of cores, and few --shards take few files."""
+    texts = numbered(700)
+    for i in range(7):
+        write_parquet("made", texts[100 * i:100 * (i + 1)], row_group_size=30)
+        name = f"HuggingFaceFW/fineweb/sample/10BT/{i:03d}_00000.parquet"
+        hub.files[name] = Path("made").read_bytes()
+    ids = np.array([i for text in texts for i in (50256, *bpe.encode_ordinary(text))])
+    wanted = {f"fineweb_{'train' if i else 'val'}_{i:06d}.bin": ids[1000 * i:1000 * (i + 1)]
+              for i in range(-(-len(ids) // 1000))}
+    for cores in (1, 3):
+        setup = f"fineweb.SHARD_TOKENS = 1000; import os; os.cpu_count = lambda: {cores}"
+        _, _, err = run_fineweb("--tokenize", f"--out=all{cores}", setup=setup)
+        assert "too small" in err, err  # no 1,024 tokens in a row, but they are made
+        made = {path.name: read_shard(path) for path in Path(f"all{cores}").glob("*.bin")}
+        assert made.keys() == wanted.keys()
+        assert all(np.array_equal(made[name], wanted[name]) for name in made)
+    run_fineweb("--tokenize", "--shards=2", setup=setup)
+    assert {path.name for path in Path("fineweb10B").glob("*.bin")} == {
+        "fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"}
+    assert len(list(Path("fineweb10B/raw").rglob("*.parquet"))) == 1
 
-TEXTS = ["plain words, and more of them\n", "<|endoftext|> is no token in a text<|endoftext|>", "naïve 🙂 中文 \u0301\r\n\ttab   spaces   ",
-         "", " ", "\n\n\n a\n\nb \n", "def f(x):\n    return x**2\n" * 20, "it's we'll " * 30, "a" * 300, " \u3000\u00a0\u2028 x\x1cy"]
-
-
-def numbered(n):
-    """n documents, all different."""
-    return [f"{i}: {TEXTS[i % len(TEXTS)]}" if i % 7 else f"{i}" for i in range(n)]
-
-
-def documents_in(bpe, pattern):
-    """The documents of shards, in the order of their numbers, decoded. Each shard but the last must be full."""
-    shards = [np.array(train_gpt2.read_shard(path)) for path in sorted(Path().glob(pattern), key=lambda path: path.name[-10:])]
-    assert shards and all(len(s) == fineweb.SHARD_TOKENS for s in shards[:-1]) and len(shards[-1]) <= fineweb.SHARD_TOKENS
-    tokens = np.concatenate(shards)
-    assert tokens[0] == fineweb.EOT
-    return [bpe.decode(part[1:]) for part in np.split(tokens, np.flatnonzero(tokens == fineweb.EOT)[1:])]
-
-
-def write_parquet(path, texts, **kwargs):
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    import pyarrow.parquet
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "id": list(map(str, range(len(texts))))}), path, **kwargs)
-
-
-def test_your_own_text_in_every_format(bpe, monkeypatch, capsys):
-    """.txt, .jsonl and .parquet, packed, in folders: every document comes back letter for letter, in its order."""
-    monkeypatch.setattr(fineweb, "SHARD_TOKENS", 200)
-    monkeypatch.setattr(fineweb, "PIECE", 64)
-    Path("books/deep").mkdir(parents=True)
-    for i, text in enumerate(TEXTS):
-        Path(f"books/{i}.txt").write_bytes(text.encode())
-    with gzip.open("books/deep/packed.txt.gz", "wb") as f:
-        f.write(TEXTS[2].encode())
-    Path("books/ignored.md").write_text("not one of the kinds")
-    lines = [json.dumps({"id": 1, "text": t}, ensure_ascii=i % 2) for i, t in enumerate(numbered(40))]
-    Path("lines.jsonl").write_bytes(("\n\n".join(lines) + "\n").encode("utf-8-sig"))
-    with gzip.open("lines.jsonl.gz", "wb") as f:
-        f.write(b'{"text": "half \\ud83d of one"}')
-    write_parquet("rows.parquet", numbered(90)[40:], row_group_size=7)
-    assert fineweb.main("--input books lines.jsonl lines.jsonl.gz rows.parquet books/1.txt --out mine --val_share 0.2".split()) == 0
-    val, train = documents_in(bpe, "mine/mine_val_*.bin"), documents_in(bpe, "mine/mine_train_*.bin")
-    wanted = TEXTS + [TEXTS[2]] + numbered(40) + ["half \ufffd of one"] + numbered(90)[40:]
-    assert sorted(val + train) == sorted(wanted)
-    for part in (val, train):  # in order: a walk through wanted meets them all
-        walk = iter(wanted)
-        assert all(text in walk for text in part)
-    assert val[0] == TEXTS[0] and 5 < len(val) < 40
-    assert len(list(Path("mine").glob("mine_train_*.bin"))) > 5 and Path("mine/mine_train_000001.bin").exists()
-    assert "--input_bin 'mine/mine_train_*.bin' --input_val_bin 'mine/mine_val_*.bin'" in capsys.readouterr().out
-
-
-def test_a_long_text_is_cut_without_changing_its_tokens(bpe, monkeypatch):
-    """Whatever the sizes of the pieces, their tokens are those of the whole text."""
-    rng, alphabet = np.random.default_rng(0), list("ab1.!'\"\n\t    é的\u00a0\u3000\x1c\x85🙂sdtlvre")
-    text = "".join(rng.choice(alphabet, 5000))
-    Path("a.txt").write_text(text, newline="")
-    Path("b.txt").write_text("b")
-    for size in (2, 3, 10, 64, 10000):
-        monkeypatch.setattr(fineweb, "PIECE", size)
-        pieces = list(fineweb.read_documents(Path("a.txt")))
-        assert "".join(p[1] for p in pieces) == text and [p[0] for p in pieces] == [True] + [False] * (len(pieces) - 1)
-        assert sum((bpe.encode_ordinary(p[1]) for p in pieces), []) == bpe.encode_ordinary(text)
-        assert (len(pieces) > 20) == (size < 100)
-
-
-def test_held_out_by_document(bpe, monkeypatch):
-    """The stated share, whole documents, the same text always on the same side, and one at least."""
-    texts = numbered(3000)
-    Path("a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts * 2))
-    fineweb.main("--input a.jsonl --out a --val_share 0.2".split())
-    val, train = documents_in(bpe, "a/*_val_*.bin"), documents_in(bpe, "a/*_train_*.bin")
-    assert abs(len(val) / 6000 - 0.2) < 0.03 and len(val) + len(train) == 6000  # 4 standard deviations
-    assert not set(val[1:]) & set(train)
-    for i, text in enumerate("one two".split()):
-        Path(f"{i}.txt").write_text(text)
-    fineweb.main("--input 0.txt 1.txt --out b --val_share 0.0001".split())
-    assert documents_in(bpe, "b/*_val_*.bin") == ["one"] and documents_in(bpe, "b/*_train_*.bin") == ["two"]
-
-
-@pytest.fixture
-def raw_hub(hub, monkeypatch):
-    """HuggingFaceFW/fineweb with three parquet files of 120 documents each, and the shards that they must become."""
-    monkeypatch.setattr(fineweb, "SHARD_TOKENS", 1000)
-    hub.page, hub.texts = 2, numbered(360)
-    for i in range(3):
-        write_parquet("made.parquet", hub.texts[120 * i:120 * (i + 1)], row_group_size=50)
-        hub.files[f"HuggingFaceFW/fineweb/sample/10BT/00{i}_00000.parquet"] = Path("made.parquet").read_bytes()
-    Path("made.parquet").unlink()
-    return hub
-
-
-def wanted_shards(bpe, texts):
-    """{name: tokens}, made one document at a time."""
-    stream = np.array([t for text in texts for t in (50256, *bpe.encode_ordinary(text))])
-    return {f"fineweb_{'train' if i else 'val'}_{i:06d}.bin": list(stream[1000 * i:1000 * (i + 1)]) for i in range(-(-len(stream) // 1000))}
-
-
-def made(folder="fineweb10B"):
-    return {path.name: list(train_gpt2.read_shard(path)) for path in Path(folder).glob("*.bin")}
-
-
-def test_raw_text_is_tokenised_into_llmc_shards(bpe, raw_hub, monkeypatch, capsys):
-    wanted = wanted_shards(bpe, raw_hub.texts)
-    assert len(wanted) > 10
-    assert fineweb.main(["--tokenize", "--cores=3"]) == 0 and made() == wanted
-    assert not list(Path("fineweb10B").glob("*.tmp")) and TokenLoader(DEFAULTS["input_bin"], 99, 50257).total > 0
-    assert fineweb.main(["--tokenize"]) == 0 and made() == wanted  # again: nothing to do
-    monkeypatch.setattr(fineweb, "PIECE", 100)
-    for cores in (1, 2, 8):
-        assert fineweb.main(["--tokenize", f"--cores={cores}", f"--out=out{cores}"]) == 0 and made(f"out{cores}") == wanted
-
-
-def test_tokenising_goes_on_where_it_was(bpe, raw_hub, capsys):
-    """Shards that are there are not made again, though documents go across their borders; damaged ones are."""
-    wanted = wanted_shards(bpe, raw_hub.texts)
-    for n in (1, 3, 4):
-        assert fineweb.main(["--tokenize", f"--shards={n}"]) == 0
-        assert made() == {name: wanted[name] for name in sorted(wanted, key=lambda name: name[-10:])[:n + 1]}
-    times = {path: path.stat().st_mtime_ns for path in Path("fineweb10B").glob("*.bin")}
-    capsys.readouterr()
-    assert fineweb.main(["--tokenize"]) == 0 and made() == wanted
-    assert all(path.stat().st_mtime_ns == t for path, t in times.items())
-    tokens = int(re.search(r"([\d,]+) tokens in", capsys.readouterr().out)[1].replace(",", ""))
-    assert tokens < sum(map(len, wanted.values())) - 4500
-    path = Path("fineweb10B/fineweb_train_000003.bin")
-    path.write_bytes(path.read_bytes()[:-1])
-    assert fineweb.main(["--tokenize"]) == 0 and made() == wanted
-
-
-def test_tokenising_survives_kill_at_any_moment(bpe, raw_hub, monkeypatch):
-    monkeypatch.setattr(fineweb, "SHARD_TOKENS", 1000)
-    wanted, rng, code = wanted_shards(bpe, raw_hub.texts), np.random.default_rng(0), "import time; fineweb.SHARD_TOKENS = 1000"
-    code += "; write = fineweb.ShardWriter.write; fineweb.ShardWriter.write = lambda *args: (time.sleep(0.002), write(*args))"
-    counts = []
-    for i in range(6):
-        process = start_fineweb("--tokenize", code=code)
-        wait_for(lambda: len(list(Path("fineweb10B").glob("*.bin"))) > (counts or [0])[-1] or process.poll() is not None, [])
-        time.sleep(rng.uniform(0, 0.03))
-        process.kill()
-        process.communicate()
-        there = made()
-        assert all(there[name] == wanted[name] for name in there)
-        counts.append(len(there))
-    assert 0 < counts[0] < counts[2]
-    assert fineweb.main(["--tokenize"]) == 0 and made() == wanted
-
-
-@pytest.mark.parametrize("name, content, messages", [
-    ("bad.jsonl", b'{"text": "a"}\n{"text": "b"\n', ["bad.jsonl", "row 2"]),
-    ("bad.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', ["bad.jsonl", "row 2", '"text"']),
-    ("bad.jsonl", b'{"text": "a"}\n{"text": null}\n', ["bad.jsonl", "row 2", "None"]),
-    ("bad.jsonl", b'["a"]\n', ["bad.jsonl", "row 1"]),
-    ("bad.txt", b"caf\xe9 in another encoding", ["bad.txt", "utf-8"]),
-    ("bad.txt.gz", gzip.compress(b"a" * 1000)[:-20], ["bad.txt.gz", "damaged"]),
-    ("bad.txt.gz", b"no gzip at all", ["bad.txt.gz", "gzip"]),
-    ("bad.jsonl.gz", gzip.compress(bytes(range(256)) * 99)[:40] + b"?" * 40, ["bad.jsonl.gz", "damaged"]),
-    ("bad.parquet", b"PAR1 and then nothing", ["bad.parquet", "damaged"]),
-    ("bad.md", b"words", ["bad.md", ".jsonl"]),
-    ("bad.txt", None, ["bad.txt", "no such file"]),
-])
-def test_bad_input(name, content, messages, bpe, capsys):
-    if name == "bad.parquet":
-        pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    Path("good.txt").write_text("good")
-    if content is not None:
-        Path(name).write_bytes(content)
-    fails(["--input", "good.txt", name, "--out=mine"], capsys, *messages, main=fineweb.main)
-    assert not list(Path("mine").glob("*.bin"))
-
-
-def test_bad_ways_to_call_fineweb(bpe, capsys, monkeypatch):
-    Path("a.txt").write_text("only one")
-    Path("empty").mkdir()
-    for argv, *messages in (
-            (["--input", "a.txt"], "--out"), (["--input", "empty", "--out=o"], "empty", ".txt"), (["--val_share=1"], "--val_share"),
-            (["--cores=0"], "--cores"), (["--shards=-1"], "--shards"), (["-v=1T"], "1T"), (["--colour=red"], "--colour"),
-            (["--input", "a.txt", "--out=o"], "1 documents cannot be divided")):
-        fails(argv, capsys, *messages, main=fineweb.main)
-    write_parquet("b.parquet", ["x"])
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    fails(["--input", "b.parquet", "--out=o"], capsys, "b.parquet", "pip install pyarrow", main=fineweb.main)
-
-
-def test_shards_of_two_sources_are_never_mixed(bpe, hub, capsys):
-    for name in ("a", "b", "c"):
-        Path(f"{name}.txt").write_text(name)
-    fineweb.main("--input a.txt b.txt --out mine".split())
-    before = {path: path.read_bytes() for path in Path("mine").iterdir()}
-    for argv in ("--input a.txt c.txt", "--input a.txt b.txt --val_share 0.5", "--shards 1", "--tokenize"):
-        fails([*argv.split(), "--out=mine"], capsys, "mine holds shards of another source", "--out", main=fineweb.main)
-    assert {path: path.read_bytes() for path in Path("mine").iterdir()} == before
-    fineweb.main(["--shards=1"])
-    fails(["--tokenize"], capsys, "fineweb10B holds shards of another source", main=fineweb.main)
-
-
-def test_no_vocabulary_is_one_line(hub, capsys, monkeypatch):
-    import tiktoken
-    def get_encoding(name):
-        raise fineweb.requests.ConnectionError("no route")
-    monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
-    for name in ("a", "b"):
-        Path(f"{name}.txt").write_text(name)
-    fails("--input a.txt b.txt --out mine".split(), capsys, "no route", "TIKTOKEN_CACHE_DIR", main=fineweb.main)
-
-
-def test_real_text_from_the_hub_and_back(bpe, hub, monkeypatch):
-    """FINEWEB_SAMPLE names a folder with parquet files in FineWeb's layout, to be served as the hub serves them."""
-    pyarrow = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+def test_real_text_and_back(bpe):
+    """FINEWEB_SAMPLE names a folder with parquet files of FineWeb: every document comes back."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     if "FINEWEB_SAMPLE" not in os.environ:
-        pytest.skip("FINEWEB_SAMPLE is not set: no parquet files in FineWeb's layout")
-    texts = []
-    for path in sorted(Path(os.environ["FINEWEB_SAMPLE"]).rglob("*.parquet")):
-        hub.files[f"HuggingFaceFW/fineweb/sample/10BT/{path.name}"] = path.read_bytes()
-        texts += pyarrow.read_table(path, columns=["text"]).column(0).to_pylist()
-    monkeypatch.setattr(fineweb, "SHARD_TOKENS", 1_000_000)
-    monkeypatch.setattr(fineweb, "PIECE", 1 << 20)
-    hub.faults["/blob/"] = ["cut", "flip"]
-    assert fineweb.main(["--tokenize"]) == 0
-    assert documents_in(bpe, "fineweb10B/*.bin") == texts
+        pytest.skip("FINEWEB_SAMPLE is not set: no parquet files of FineWeb")
+    path = sorted(Path(os.environ["FINEWEB_SAMPLE"]).rglob("*.parquet"))[0]
+    fineweb.main(["--input", str(path), "--out=o"])
+    made = documents_in(bpe, "o", "val") + documents_in(bpe, "o", "train")
+    assert sorted(made) == sorted(parquet.read_table(path, columns=["text"])["text"].to_pylist())
 
+# -------------------------------------------------------------------------------------------------
+# 9. hellaswag.py
 
-# ---------------------------------------------------------------------------------------------------------------------
-# hellaswag.py
+class SmallModel(nn.Module):
+    """A random model that has what hellaswag.py asks for, and none of the project's code. The
+    columns of its head that only pad the vocabulary have the highest scores."""
 
-def questions(n, seed=0, length=40):
-    """n made questions, as bytes: contexts and endings of many lengths."""
-    rng = np.random.default_rng(seed)
-    text = lambda longest: "".join(rng.choice(list("abc de. "), rng.integers(1, longest))).strip() or "x"
-    return [dict(activity_label="Doing", ctx=text(length), endings=[text(length) for _ in range(4)], label=int(rng.integers(4)))
-            for _ in range(n)]
+    def __init__(self, vocab_size=257, block_size=96, width=32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = types.SimpleNamespace(vocab_size=vocab_size, block_size=block_size)
+        self.wte = nn.Embedding(vocab_size, width)
+        self.rnn = nn.GRU(width, width, batch_first=True)
+        self.lm_head = nn.Linear(width, vocab_size + 7)
+        with torch.no_grad():
+            self.lm_head.weight.mul_(20)
+            self.lm_head.bias[vocab_size:] = 1000
 
+    def features(self, idx):
+        assert idx.size(1) <= self.config.block_size
+        return self.rnn(self.wte(idx))[0]
 
+@torch.no_grad()
 def plain_log_probs(model, items):
-    """The reference: one ending at a time, after its context, all logits."""
-    rows = []
-    for context, endings, *_ in items:
-        for ending in endings:
-            x = torch.tensor([context + ending])
-            logp = model(x[:, :-1]).log_softmax(-1)[0, len(context) - 1:]
-            rows.append(logp.gather(1, x[0, len(context):, None]).sum().item())
-    return np.array(rows).reshape(-1, 4)
+    """The reference: one row at a time, then one token of its ending at a time."""
+    sums = []
+    for item in items:
+        for row, n in zip(item.rows, item.scored, strict=True):
+            x = model.features(torch.tensor([row[:-1]]))[0]
+            total = 0.0
+            for place in range(len(row) - n, len(row)):
+                logits = model.lm_head(x[place - 1])[:model.config.vocab_size]
+                total += logits.log_softmax(dim=0)[row[place]].item()
+            sums.append(total)
+    return np.array(sums).reshape(-1, 4)
 
+def encode_bytes(text):
+    return list(text.encode())
 
-def no_autocast():
-    return torch.autocast("cpu", enabled=False)
+def made_questions(n, longest=40):
+    """n questions of random letters, with contexts and endings of many lengths."""
+    rng = np.random.default_rng(0)
 
+    def text():
+        return "x" + "".join(rng.choice(list("abc de. "), rng.integers(longest))).rstrip()
 
-def encode_all(qs, model, **kwargs):
-    return [hellaswag.encode_question(q, lambda text: list(text.encode()), model.config.block_size, **kwargs) for q in qs]
+    return [dict(activity_label="Doing", ctx_a=text(), ctx_b="then", ctx=text(), label=i % 4,
+                 endings=[text() for _ in range(4)]) for i in range(n)]
 
+def write_questions(path, questions):
+    Path(path).write_text("".join(json.dumps(q) + "\n" for q in questions))
 
-@pytest.mark.parametrize("arch", [dict(n_kv_head=4, **GPT2), dict(), dict(qk_norm=True)], ids=["GPT-2", "Llama", "Qwen3"])
-def test_endings_that_share_a_context_score_as_if_alone(arch):
-    model = tiny_model(vocab_size=257, block_size=96, **arch)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-        items = encode_all(questions(50), model)
-        ours = hellaswag.answer(model, items, no_autocast)
-        assert np.abs(ours - plain_log_probs(model, items)).max() < 1e-3 and ours.std() > 10
-        one_by_one = np.concatenate([hellaswag.answer(model, [item], no_autocast) for item in items])
-        assert np.abs(ours - one_by_one).max() < 1e-3  # so the order of the answers is that of the questions
+@pytest.fixture
+def stub(monkeypatch):
+    """Stands in for train_gpt2, from which hellaswag.main() imports."""
+    module = types.SimpleNamespace(
+        model=SmallModel(), load_model=lambda name, device: (module.model, "bytes"),
+        load_tokenizer=lambda name: (encode_bytes, None), pick_device=torch.device,
+        pick_autocast=lambda dtype, device: ("float32", contextlib.nullcontext))
+    monkeypatch.setitem(sys.modules, "train_gpt2", module)
+    return module
 
+def score(*flags):
+    hellaswag.main(["-m", "model.pt", "--device=cpu", *flags])
 
-def test_a_short_memory_sees_what_fits():
-    """Contexts lose their beginning and endings their end, and nothing is read beyond block_size."""
-    model = tiny_model(vocab_size=257, block_size=16)
-    with torch.no_grad():
-        items = encode_all(questions(15) + questions(15, length=10), model)
-        assert all(len(c) >= 1 and len(c) + max(map(len, es)) - 1 <= 16 for c, es, *_ in items)
-        assert max(len(e) for _, es, *_ in items for e in es) == 16 and max(len(c) for c, *_ in items) > 5
-        assert np.abs(hellaswag.answer(model, items, no_autocast) - plain_log_probs(model, items)).max() < 1e-3
-    q = dict(ctx="0123456789", endings=["abc"] * 4, label=0)
-    assert bytes(encode_all([q], model)[0][1][3]) == b" abc"  # the space belongs to the ending, as in its first token
-    assert bytes(encode_all([q], model)[0][0]) == b"0123456789" and bytes(encode_all([dict(q, ctx="0123456789" * 2)], model)[0][0]) == b"7890123456789"
+def score_fails(*flags):
+    """The one line, beginning with "error:", with which the command must end."""
+    with pytest.raises(SystemExit) as e:
+        score(*flags)
+    assert e.value.code.startswith("error: ") and "\n" not in e.value.code
+    return e.value.code
 
+def test_real_questions_get_the_answers_of_the_plain_loop():
+    """On the first 500 of the validation set acc and acc_norm choose what the plain loop does."""
+    tiktoken = pytest.importorskip("tiktoken")
+    if not os.environ.get("HELLASWAG_VAL") or not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("HELLASWAG_VAL (a file of questions) or TIKTOKEN_CACHE_DIR is not set")
+    bpe = tiktoken.get_encoding("gpt2")
 
-def test_accuracy_by_sum_and_by_mean():
-    items = [(None, None, [1, 2, 4, 1], 2), (None, None, [1, 1, 1, 1], 0)]
+    def encode(text):
+        # Fewer different ids, so that the plain loop takes seconds.
+        return [token % 1000 for token in bpe.encode_ordinary(text)]
+
+    model = SmallModel(vocab_size=1000, block_size=1024, width=8)
+    questions = hellaswag.load_questions(os.environ["HELLASWAG_VAL"])[:500]
+    items = [hellaswag.encode_question(q, encode, 1024) for q in questions]
+    ours = hellaswag.log_probs(model, items, contextlib.nullcontext)
+    plain = plain_log_probs(model, items)
+    norms = np.array([item.norms for item in items])
+    assert np.abs(ours - plain).max() < 1e-2
+    assert (ours.argmax(1) == plain.argmax(1)).all()
+    assert ((ours / norms).argmax(1) == (plain / norms).argmax(1)).all()
+    assert set((ours / norms).argmax(1)) == {0, 1, 2, 3}
+
+@pytest.mark.parametrize("tokens, batches", [(1, 160), (300, None), (99999, 1)])
+def test_batches_do_not_change_the_scores(tokens, batches, monkeypatch):
+    """Neither the rows that share a batch nor the zeros behind short ones show in the scores."""
+    monkeypatch.setattr(hellaswag, "TOKENS_PER_BATCH", tokens)
+    model = SmallModel()
+    items = [hellaswag.encode_question(q, encode_bytes, 96) for q in made_questions(40)]
+    calls = []
+    ours = hellaswag.log_probs(model, items, contextlib.nullcontext, lambda *n: calls.append(n))
+    assert np.abs(ours - plain_log_probs(model, items)).max() < 1e-3 and ours.std() > 10
+    assert calls[-1] == (160, 160) and len(calls) == (batches or len(calls))
+
+def test_a_row_is_cut_to_what_the_model_reads():
+    """A row that is too long loses its beginning, and the rest is scored as usual."""
+    questions = made_questions(15) + made_questions(15, longest=10)
+    items = [hellaswag.encode_question(q, encode_bytes, 16) for q in questions]
+    model = SmallModel(block_size=16)
+    ours = hellaswag.log_probs(model, items, contextlib.nullcontext)
+    assert np.abs(ours - plain_log_probs(model, items)).max() < 1e-3
+    q = dict(ctx="0123456789", endings=["abc", "d", "e", "f" * 20], label=0)
+    item = hellaswag.encode_question(q, encode_bytes, 12)
+    rows = [b"123456789 abc", b"0123456789 d", b"0123456789 e", b"f" * 13]
+    assert list(map(bytes, item.rows)) == rows
+    assert item.scored == item.norms == [4, 2, 2, 12]
+
+def test_the_harness_style():
+    """Strings and lengths are those that lm-evaluation-harness 0.4.13 makes of this question."""
+    q = dict(activity_label="Hair", ctx_a="He sits. [title] Then", ctx_b="he LAUGHS [step] ",
+             endings=[" and  goes.", "[substeps] x", "a [b] c", "[end]"], label=1)
+    item = hellaswag.encode_question(q, encode_bytes, 96, harness=True)
+    endings = [b"  and goes.", b"   x", b"  a c", b"  "]
+    assert list(map(bytes, item.rows)) == [b"Hair: He sits.. Then He laughs" + e for e in endings]
+    assert item.scored == [len(ending) for ending in endings]
+    # Of the last ending nothing is left. The harness divides by 0 then, so it is never chosen.
+    assert item.norms[:3] == [9, 2, 3] and -5 / item.norms[3] < -1e6
+
+def test_right_answers_of_parts_add_up():
+    """Sum and mean may choose differently, parts add up, empty ones too, and nan is not right."""
+    items = [hellaswag.Item([], [], [1, 2, 4, 1], 2), hellaswag.Item([], [], [1, 1, 1, 1], 0)]
     logp = np.array([[-3.0, -3, -4, -9], [-1, -2, -3, -4]])
     assert hellaswag.accuracy(logp, items) == (0.5, 1.0)
+    assert hellaswag.right_answers(logp[:1], items[:1]) == (0, 1)
+    assert hellaswag.right_answers(logp[1:], items[1:]) == (1, 1)
+    nothing = hellaswag.log_probs(SmallModel(), [], contextlib.nullcontext)
+    assert hellaswag.right_answers(nothing, []) == (0, 0)
+    assert hellaswag.right_answers(np.full((2, 4), np.nan), items) == (0, 0)
     assert np.allclose(hellaswag.interval(0.2955, 10042), (0.2866, 0.3045), atol=1e-4)
-    assert hellaswag.interval(0, 1)[1] > 0.7  # one question says little
 
-
-def test_questions_are_prepared_as_the_harness_does():
-    """Worked out by hand from lm-evaluation-harness's task hellaswag, version 1."""
-    q = dict(activity_label="Hair", ctx="not used", ctx_a="He sits. [title] Then", ctx_b="he LAUGHS [step] ", label="1",
-             endings=[" and  goes.", "[substeps] x", "a [b] c", "end [step]"])
-    model = tiny_model(vocab_size=257, block_size=96)
-    context, endings, norms, label = hellaswag.encode_question(q, lambda text: list(text.encode()), 96, harness=True)
-    assert bytes(context) == b"Hair: He sits.. Then He laughs"  # capitalize() lowers the rest; the space goes to the endings
-    assert list(map(bytes, endings)) == [b"  and goes.", b"   x", b"  a c", b"  end "] and norms == [9, 2, 3, 4] and label == "1"
-    assert len(encode_all([dict(q, label=1, ctx_a="a", ctx_b="b")], model)[0][1]) == 4
-
-
-def write_questions(path, qs):
-    Path(path).write_text("".join(json.dumps(q) + "\n" for q in qs))
-
-
-def byte_checkpoint(path, **changes):
-    model = tiny_model(vocab_size=257, block_size=96, **changes)
-    torch.save(dict(config=train_gpt2.asdict(model.config), model=model.state_dict(), tokenizer="bytes", args={}), path)
-    return model
-
-
-def test_hellaswag_command(capsys):
-    model, qs = byte_checkpoint("model.pt"), questions(40)
-    write_questions("q.jsonl", qs)
-    assert hellaswag.main("-m model.pt --data q.jsonl --limit 30 --dtype float32 --device cpu --examples 2".split()) == 0
+def test_the_command(stub, capsys):
+    """Prints examples, both scores of the questions asked for, and what they are compared with."""
+    questions = made_questions(40)
+    write_questions("q.jsonl", questions)
+    score("--data=q.jsonl", "--limit=30", "--examples=2")
     out = capsys.readouterr().out
+    items = [hellaswag.encode_question(q, encode_bytes, 96) for q in questions[:30]]
+    acc, acc_norm = hellaswag.accuracy(plain_log_probs(stub.model, items), items)
+    assert f"acc       {acc:.4f} (" in out and f"acc_norm  {acc_norm:.4f} (" in out
+    assert questions[1]["ctx"] in out and questions[2]["ctx"] not in out
+    assert out.count(" right ") == 2 and out.count(" chosen") == 2 and "0.2955" in out
+    score("--data=q.jsonl", "--harness", "--examples=1")
+    out = capsys.readouterr().out
+    assert f"Doing: {questions[0]['ctx_a']} Then" in out and "0.3114" in out
+
+def test_no_score_without_numbers(stub):
+    """A model whose weights are nan picks ending 0 always, which would be right in a quarter."""
+    write_questions("q.jsonl", made_questions(8))
     with torch.no_grad():
-        items = encode_all(qs[:30], model)
-        acc, acc_norm = hellaswag.accuracy(plain_log_probs(model, items), items)
-    assert f"acc      {acc:.4f} (" in out and f"acc_norm {acc_norm:.4f} (" in out and "30 of 30 questions" in out
-    assert qs[1]["ctx"] in out and out.count("right, ") == 2 and out.count("chosen, ") == 2
-    assert all(figure in out for figure in ("29.4", "30.78", "33.52", "33.7"))
-    assert hellaswag.main("-m model.pt --data q.jsonl --harness --examples 0".split()) == 0
+        stub.model.wte.weight.fill_(float("nan"))
+    assert "model.pt has no score" in score_fails("--data=q.jsonl")
 
+GOOD = dict(ctx="a", endings=["b", "c", "d", "e"], label=1)
+BAD_TEXTS = [dict(ctx=" "), dict(ctx=["a"]), dict(ctx="\ud800"), dict(ctx=None)]
+BAD_ENDINGS = ["bcde", ["b", "c", "d"], ["b", "c", "d", 5], ["b", "c", "d", " "], ["\ud800"] * 4]
+BAD_LABELS = [4, -1, 1.7, float("inf"), None, True]
+BAD = BAD_TEXTS + [dict(endings=x) for x in BAD_ENDINGS] + [dict(label=x) for x in BAD_LABELS]
+BAD_LINES = [b"not json", b'["a"]', b'"ctx"', b"[" * 50000, b'{"ctx": "\xff"}']
+BAD_LINES += [json.dumps({**GOOD, **change}).encode() for change in BAD]
 
-@pytest.mark.parametrize("content, messages", [
-    ("", ["q.jsonl", "0 questions"]), ("not json\n", ["q.jsonl, line 1"]), ('["a"]\n', ["line 1"]),
-    ('{"ctx": "a", "endings": ["b", "c", "d"], "label": 0}\n', ["line 1", "four endings"]),
-    ('{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 4}\n', ["line 1", "label"]),
-    ('{"ctx": "a", "endings": ["b", "c", "d", "e"]}\n', ["line 1"]), ('{"ctx": "a", "endings": ["b", "c", "d", 5], "label": 1}\n', ["line 1"]),
-    ('{"ctx": " ", "endings": ["b", "c", "d", "e"], "label": 1}\n', ["line 1"]), (None, ["q.jsonl", "cannot be read"])])
-def test_bad_questions(content, messages, capsys):
-    byte_checkpoint("model.pt")
-    if content is not None:
-        Path("q.jsonl").write_text(content)
-    fails(["-m", "model.pt", "--data", "q.jsonl"], capsys, *messages, main=hellaswag.main)
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_a_bad_line_is_named(line, stub):
+    """One line with the line's number, and no advice to remove a file of the user's."""
+    Path("q.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n\n" + line + b"\n")
+    message = score_fails("--data=q.jsonl")
+    assert "q.jsonl, line 3 " in message and "remove" not in message
 
+def test_bad_calls(stub):
+    """Wrong flags and files end in one line; --harness does not do with ctx alone."""
+    assert "nowhere.jsonl" in score_fails("--data=nowhere.jsonl")
+    Path("q.jsonl").write_text("\n")
+    assert "has 0 questions" in score_fails("--data=q.jsonl")
+    write_questions("q.jsonl", [dict(GOOD, activity_label="Doing", ctx_b="")])
+    score("--data=q.jsonl")
+    assert "q.jsonl, line 1 " in score_fails("--data=q.jsonl", "--harness")
+    assert "--limit 0" in score_fails("--data=q.jsonl", "--limit=0")
+    assert "--no_such_flag" in score_fails("--no_such_flag")
 
-def test_bad_ways_to_call_hellaswag(capsys):
-    byte_checkpoint("model.pt")
-    fails(["-m", "model.pt", "--limit=0"], capsys, "--limit 0", main=hellaswag.main)
-    fails(["-m", "nowhere.pt"], capsys, "nowhere.pt is no checkpoint", main=hellaswag.main)
-    fails(["--limit=5"], capsys, "-m/--model", main=hellaswag.main)
-    write_questions("q.jsonl", [{k: v for k, v in questions(1)[0].items() if k != "activity_label"}])
-    fails(["-m", "model.pt", "--data", "q.jsonl", "--harness"], capsys, "--harness", "activity_label", "q.jsonl", main=hellaswag.main)
-    fails(["-m", "model.pt", "--no_such_flag"], capsys, "--no_such_flag", main=hellaswag.main)
+class QuestionServer(http.server.BaseHTTPRequestHandler):
+    """Has server.body, and first gives the answers in server.faults: a status, or "cut"."""
 
+    def do_GET(self):
+        self.server.requests += 1
+        fault = self.server.faults.pop(0) if self.server.faults else 200
+        body = self.server.body
+        self.send_response(200 if fault == "cut" else fault)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:len(body) // 2] if fault == "cut" else body)
 
-def test_the_questions_are_downloaded_once(hub, monkeypatch, capsys):
-    byte_checkpoint("model.pt")
-    write_questions("q.jsonl", questions(20))
-    monkeypatch.setattr(hellaswag, "DATA_URL", f"{fineweb.hub()}/blob/q.jsonl")  # GitHub: no redirect, no checksum
+    def log_message(self, *args):
+        pass
+
+def test_the_questions_are_downloaded_once(stub, monkeypatch):
+    """What fails leaves no file behind, what is there is not fetched again, and a downloaded file
+    that is not whole may be removed."""
+    write_questions("source.jsonl", made_questions(20))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), QuestionServer)
+    server.requests, server.faults, server.body = 0, ["cut", 503], Path("source.jsonl").read_bytes()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(hellaswag, "DATA_URL", f"http://127.0.0.1:{server.server_port}/q.jsonl")
     monkeypatch.setattr(hellaswag, "SIZE", 20)
-    hub.files["q.jsonl"] = Path("q.jsonl").read_bytes()
-    hub.faults["q.jsonl"] = [None, "cut", 503]
-    for _ in range(2):
-        assert hellaswag.main(["-m", "model.pt"]) == 0
-    assert len(hub.log) == 4 and Path("hellaswag/hellaswag_val.jsonl").read_bytes() == hub.files["q.jsonl"]
-    monkeypatch.setattr(hellaswag, "SIZE", 21)
-    fails(["-m", "model.pt"], capsys, "has 20 questions", "remove it", main=hellaswag.main)
-    monkeypatch.setattr(hellaswag, "DATA", Path("elsewhere.jsonl"))
-    hub.files.clear()
-    monkeypatch.setattr(hellaswag, "DATA_URL", f"{fineweb.hub()}/datasets/a/b/resolve/main/gone")
-    fails(["-m", "model.pt"], capsys, "404", "gone", main=hellaswag.main)
+    for word in ("IncompleteRead", "503"):
+        assert word in score_fails()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *paths: Path("no such file").stat())
+        assert "cannot be had" in score_fails()
+    assert not list(Path().glob("hellaswag/*"))
+    score()
+    score()
+    assert server.requests == 4 and hellaswag.DATA.read_bytes() == server.body
+    server.shutdown()
+    server.server_close()
+    write_questions(hellaswag.DATA, made_questions(19))
+    message = score_fails()
+    assert "19 questions" in message and "remove the file" in message
+    hellaswag.DATA.write_text("<html>sign in</html>")
+    assert "line 1 " in score_fails() and "remove the file" in score_fails()
+    hellaswag.DATA.unlink()
+    assert "cannot be had" in score_fails()
+    hellaswag.DATA.parent.rmdir()
+    Path("hellaswag").write_text("a file where the folder should be")
+    assert "cannot be had" in score_fails()
 
+@pytest.mark.parametrize("event", ['os.kill(os.getpid(), signal.SIGINT)', 'print("text" * 99999)'],
+                         ids=["Ctrl-C", "a reader that leaves"])
+def test_an_end_without_a_traceback(event):
+    """Ctrl-C, and output to a program that has ended (| head), end the command quietly. In its own
+    folder it imports a train_gpt2.py in which this happens."""
+    write_questions("q.jsonl", made_questions(4))
+    shutil.copy(hellaswag.__file__, "hellaswag.py")
+    names = "load_model, load_tokenizer, pick_autocast, pick_device"
+    code = f"import os, signal\ndef stop(*args):\n    {event}\n{names} = 4 * [stop]\n"
+    Path("train_gpt2.py").write_text(code)
+    command = [sys.executable, "hellaswag.py", "-m", "model.pt", "--data=q.jsonl"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode < 0
 
-def test_real_questions_get_the_answers_of_the_plain_loop(bpe):
-    """The first 500 of HELLASWAG_VAL, in fp32."""
-    if "HELLASWAG_VAL" not in os.environ:
-        pytest.skip("HELLASWAG_VAL is not set: no file of HellaSwag's validation questions")
-    model = tiny_model(vocab_size=50257, block_size=256)
-    with torch.no_grad():
-        model.transformer.wte.weight.mul_(30)
-        items = [hellaswag.encode_question(q, bpe.encode_ordinary, 256) for q in hellaswag.load_questions(os.environ["HELLASWAG_VAL"])[:500]]
-        ours, plain = hellaswag.answer(model, items, no_autocast), plain_log_probs(model, items)
-    norms = np.array([norms for _, _, norms, _ in items])
-    assert (ours.argmax(1) == plain.argmax(1)).all() and ((ours / norms).argmax(1) == (plain / norms).argmax(1)).all()
-    assert len(set((ours / norms).argmax(1))) == 4
-
-
-@pytest.fixture
-def quiz(monkeypatch):
-    """30 made questions where the default file belongs."""
-    Path("hellaswag").mkdir()
-    write_questions(hellaswag.DATA, questions(30, length=12))
-    monkeypatch.setattr(hellaswag, "SIZE", 30)
-
-
-def test_hellaswag_during_training(corpus, quiz, capsys):
-    """llm.c's eval: lines, at the steps asked for and at the end, and the figure is the checkpoint's own."""
-    main([*SMALL, *corpus, "--tokenizer=bytes", "--hellaswag_every=4", "--save_every=4", "--output_dir=log"])
-    evals = log_of("log", "eval")
-    assert list(evals) == [0, 4, 6]
+def test_hellaswag_during_training(small, monkeypatch, capsys):
+    """A run writes the score to main.log, the one that hellaswag.py gives its last weights."""
+    write_questions("questions.jsonl", made_questions(12))
+    monkeypatch.setattr(hellaswag, "DATA", Path("questions.jsonl"))
+    monkeypatch.setattr(hellaswag, "SIZE", 12)
+    main([*small, "--hellaswag_every=6", "--sequence_length=64"])
     capsys.readouterr()
-    hellaswag.main("-m log/last.pt --dtype float32 --examples 0".split())
-    assert f"acc_norm {evals[6]:.4f}" in capsys.readouterr().out
+    hellaswag.main(["-m", "log/last.pt", "--device=cpu", "--dtype=float32"])
+    score = re.search(r"acc_norm +([\d.]+)", capsys.readouterr().out)[1]
+    assert list(log_of("log", "eval")) == [0, 6]
+    assert abs(log_of("log", "eval")[6] - float(score)) < 1e-4
 
+# -------------------------------------------------------------------------------------------------
+# 10. The bridge to transformers
 
-def test_two_processes_share_the_questions(corpus):
-    Path("hellaswag").mkdir()
-    write_questions(hellaswag.DATA, questions(31, length=12))
-    Path("run.py").write_text(f"import sys; sys.path.insert(0, {str(Path(SCRIPT).parent)!r}); import hellaswag, train_gpt2; "
-                              "hellaswag.SIZE = 31; sys.exit(train_gpt2.main(sys.argv[1:]))")
-    flags = [*SMALL, *corpus, "--tokenizer=bytes", "--hellaswag_every=3"]
-    for n in (1, 2):
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "run.py", *flags,
-                               f"--output_dir=log{n}"], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
-    assert list(log_of("log1", "eval")) == [0, 3, 6] and log_of("log1", "eval") == log_of("log2", "eval")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# OpenAI's weights, and export
+# what can be exported: tiny (bytes, QK-norm), a shrunk d12 (with and without), and GPT-2
+EXPORTS = {
+    "tiny": {"vocab_size": 257},
+    "d12": {"vocab_size": 50257},
+    "d12-no-qk_norm": {"vocab_size": 50257, "qk_norm": False},
+    "gpt2": {"vocab_size": 50257, "n_kv_head": 4, **train_gpt2.GPT2},
+}
 
 @pytest.fixture
-def openai_hub(hub, monkeypatch):
-    """A small random GPT-2 where OpenAI's is, in the layout of its file."""
-    transformers = pytest.importorskip("transformers", reason="the transformers library is not installed")
+def transformers():
+    return pytest.importorskip("transformers", reason="transformers is not installed")
+
+@pytest.fixture
+def gpt2_vocabulary():
+    try:
+        return train_gpt2.load_tokenizer("gpt2")
+    except (SystemExit, ImportError) as e:
+        pytest.skip(f"GPT-2's vocabulary is not here: {e}")
+
+def shake(model):
+    """Moves every weight from where it starts, so that no gain is 1 and no bias 0."""
     torch.manual_seed(0)
-    hub.theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=48, n_layer=2, n_head=3, n_positions=64)).eval()
-    with torch.no_grad():
-        for p in hub.theirs.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    tensors = {name: w for name, w in hub.theirs.transformer.state_dict().items()}
-    for i in range(2):
-        tensors[f"h.{i}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()  # a mask, which the real file has too
-    header, body = {"__metadata__": {"format": "pt"}}, b""
-    for name, w in tensors.items():
-        data = w.contiguous().numpy().tobytes()
-        header[name] = dict(dtype="F32", shape=list(w.shape), data_offsets=[len(body), len(body) + len(data)])
-        body += data
-    head = json.dumps(header).encode()
-    hub.weights = "openai-community/gpt2/model.safetensors"
-    hub.files[hub.weights] = len(head).to_bytes(8, "little") + head + body
-    monkeypatch.setitem(MODELS, "gpt2", dict(MODELS["gpt2"], n_layer=2, n_head=3, n_embd=48))
-    monkeypatch.setattr(fineweb, "PIECE", 1 << 16)
-    return hub
-
-
-def test_openai_weights(openai_hub, bpe, capsys):
-    """Downloaded once, over a bad line; the logits are those of transformers; sampling works."""
-    openai_hub.faults["/blob/"] = ["cut", "flip", 503]
-    checkpoint = train_gpt2.load_checkpoint("gpt2")
-    model = GPT(GPTConfig(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
-    x = torch.randint(0, 50257, (2, 64))
-    with torch.no_grad():
-        ours, theirs = model(x)[..., :50257], openai_hub.theirs(x).logits
-    assert (ours - theirs).abs().max() < 1e-4 < 0.5 < ours.std()
-    openai_hub.log.clear()
-    main(["--sample=gpt2", "--prompt=Hello", "--max_new_tokens=5", "--device=cpu"])
-    assert capsys.readouterr().out.splitlines()[-1].startswith("Hello") and not openai_hub.log
-    Path("openai/gpt2.safetensors").write_bytes(b"broken file")
-    fails(["--sample=gpt2"], capsys, "openai/gpt2.safetensors", "remove it")
-
-
-def test_finetuning_starts_from_openai_weights(openai_hub, capsys):
-    """The loss at step 0 is that of OpenAI's model, and a resumed run goes on from its own weights."""
-    write_shard("tokens.bin", np.random.default_rng(0).integers(0, 50257, 3000))
-    flags = ["--model=gpt2", "--input_bin=tokens.bin", "--input_val_bin=tokens.bin", "--sequence_length=32", "--total_batch_size=128",
-             "--num_iterations=2", "--val_tokens=640", "--sample_every=0", "--device=cpu", "--dtype=float32", "--output_dir=log"]
-    main(flags)
-    x, y = TokenLoader("tokens.bin", 32, 50257).batch(0, 20, CPU)
-    with torch.no_grad():
-        loss = F.cross_entropy(openai_hub.theirs(x).logits.flatten(0, 1), y.flatten()).item()
-    assert abs(log_of("log", "tel")[0] - loss) < 1e-4
-    state = torch.load("log/last.pt", weights_only=True)
-    assert state["model"]["transformer.wpe.weight"].shape == (32, 48) and state["args"]["arch"] == "gpt2"
-    main([*flags, "--resume", "--num_iterations=4"])
-    assert list(log_of("log")) == [0, 1, 2, 3]
-    for flag in ("--n_layer=3", "--sequence_length=128", "--arch=variant", "--norm=rmsnorm"):
-        fails([*flags, flag, "--output_dir=other"], capsys, "--model gpt2", "at most 1024 tokens", "drop the flags")
-
-
-EXPORTS = {"tiny": dict(vocab_size=257, qk_norm=True, n_layer=4, n_embd=128, block_size=128), "d12": dict(vocab_size=50257, n_head=6, n_kv_head=3, n_embd=96),
-           "gpt2": dict(vocab_size=50257, n_kv_head=4, **GPT2)}
-
-
-@pytest.fixture(params=EXPORTS)
-def exported(request, capsys):
-    """(our model, the exported folder opened by transformers, its tokenizer, our name of the tokenizer)"""
-    transformers = pytest.importorskip("transformers", reason="the transformers library is not installed")
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
-    name = "bytes" if request.param == "tiny" else "gpt2"
-    if name == "gpt2":
-        request.getfixturevalue("bpe")
-    model = tiny_model(**{**dict(block_size=64), **EXPORTS[request.param]})
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    torch.save(dict(config=train_gpt2.asdict(model.config), model=model.state_dict(), tokenizer=name, args={}), "model.pt")
-    assert main(["--export", "model.pt", "out"]) == 0
+    return model.eval()
+
+def write_checkpoint(path, **changes):
+    """A small random model, stored as a run stores it."""
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 64, "vocab_size": 257}
+    model = shake(train_gpt2.GPT(train_gpt2.GPTConfig(**shape | changes)))
+    tokenizer = {257: "bytes", 50257: "gpt2"}[model.config.vocab_size]
+    config = dataclasses.asdict(model.config)
+    state = {"config": config, "model": model.state_dict(), "tokenizer": tokenizer}
+    train_gpt2.save_checkpoint(path, state | {"step": 7, "val_loss": 4.5})
+    return model
+
+@pytest.fixture(params=EXPORTS)
+def exported(request, transformers, tmp_path):
+    """Our model; the same as transformers opens it; its tokenizer there; our name of the latter."""
+    if request.param != "tiny":
+        request.getfixturevalue("gpt2_vocabulary")
+    model = write_checkpoint(tmp_path / "best.pt", **EXPORTS[request.param])
+    assert train_gpt2.main(["--export", "best.pt", "out"]) == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained("out").eval()
-    return model, theirs, transformers.AutoTokenizer.from_pretrained("out"), name
+    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
+    return model, theirs, tokenizer, "bytes" if request.param == "tiny" else "gpt2"
 
+def hub_gpt2(transformers, folder):
+    """A small random model of transformers where from_openai() finds it in place of OpenAI's."""
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4)
+    theirs = shake(transformers.GPT2LMHeadModel(config))
+    theirs.save_pretrained(folder)
+    return theirs
 
-def test_exported_models_are_the_same_elsewhere(exported, capsys):
-    """Logits to 1e-4 and greedy text token for token, with classes that transformers has of its own; nothing is overwritten."""
-    model, theirs, tokenizer, name = exported
-    V = model.config.vocab_size
-    x = torch.randint(0, V - 1, (3, 48))
-    with torch.no_grad():
-        ours = model(x)[..., :V]
-        assert (ours - theirs(x).logits).abs().max() < 1e-4 < 0.5 < ours.std()
-        greedy = list(train_gpt2.generate(model, x[0, :5].tolist(), 30, temperature=0))
-        text = theirs.generate(x[:1, :5], max_new_tokens=len(greedy), do_sample=False)[0, 5:].tolist()
-    assert greedy == text and len(greedy) > 3
-    assert theirs.num_parameters() < model.num_params()[0] + 1 and "auto_map" not in Path("out/config.json").read_text()
-    fails(["--export", "model.pt", "out"], capsys, "out is there already")
+@torch.no_grad()
+def differ(ours, theirs):
+    """The largest difference between two models' logits, on random ids of the real vocabulary."""
+    V = ours.config.vocab_size
+    idx = torch.randint(0, V, (3, 48))
+    logits = ours(idx)[..., :V]
+    assert logits.std() > 0.5  # there is something to compare
+    return (logits - theirs(idx).logits).abs().max().item()
 
+def test_exported_models_are_the_same_elsewhere(exported):
+    """The same logits and the same greedy text, in classes that transformers has of its own."""
+    model, theirs, _, _ = exported
+    assert differ(model, theirs) < 1e-4
+    prompt = torch.randint(0, 256, (1, 5))
+    ours = list(train_gpt2.generate(model, prompt[0].tolist(), 30, temperature=0))
+    text = theirs.generate(prompt, max_new_tokens=len(ours), do_sample=False)
+    assert len(ours) > 3
+    assert text[0, 5:].tolist() == ours
+    # nothing is stored twice, the padding not at all, and no code comes along
+    padding = len(model.lm_head.weight) - model.config.vocab_size
+    assert theirs.num_parameters() == model.num_params()[0] - padding * model.config.n_embd
+    assert "auto_map" not in Path("out/config.json").read_text()
 
-def varied_strings():
-    rng, parts = np.random.default_rng(0), ["hello", " world", "   ", "\n\n", "\t", "naïve", "中文字", "🙂👩‍👩‍👧", "<|endoftext|>", "it's", "don't", "1234567",
-                                            "\u00a0", "é", "...!?", "def f(x):\n        return", " \u3000 ", "\r\n", "Ünïcödé", "a" * 50, "\x00\x7f", "ﬁ", "العربية", ""]
-    return parts + ["".join(rng.choice(parts, rng.integers(2, 8))) for _ in range(200)]
+def test_a_batch_with_padding_gives_what_each_prompt_gives_alone(exported):
+    """Fails without a pad token, or if the tokenizer hands the model more than ids and mask."""
+    _, theirs, tokenizer, _ = exported
+    prompts = ["<|endoftext|>def f(x):", "Hello"]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    assert set(batch) == {"input_ids", "attention_mask"}
+    together = theirs.generate(**batch, max_new_tokens=10, do_sample=False)
+    for i, prompt in enumerate(prompts):
+        alone = tokenizer(prompt, return_tensors="pt")
+        text = theirs.generate(**alone, max_new_tokens=10, do_sample=False)[0]
+        new = text[alone["input_ids"].size(1) :].tolist()
+        # where this text ended and the other goes on there is padding
+        assert together[i, batch["input_ids"].size(1) :].tolist()[: len(new)] == new
 
+def test_exported_tokenizers_agree_with_ours(exported):
+    """Ids to the letter, and the same text back, for 200 strings of all that is hard."""
+    model, _, tokenizer, name = exported
+    encode, _ = train_gpt2.load_tokenizer(name)
+    end_of_text = fineweb.VOCAB_SIZE[name] - 1
+    parts = ["hello", " world", "   ", "\n\n", "\t", "naïve", "\u4e2d\u6587", "\U0001f642\u200d"]
+    parts += ["it's", "'LL", "1234567", "\u00a0", "...!?", "def f(x):\n        return", " \u3000 "]
+    parts += ["\r\n", "a" * 50, "\x00\x7f", "\ufb01", "\u0639\u0631", "<|endoftext|>", "-" * 99]
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        text = "".join(rng.choice(parts, rng.integers(1, 8)))
+        ids = []
+        for i, piece in enumerate(text.split("<|endoftext|>")):
+            ids += [end_of_text] * (i > 0) + encode(piece)
+        assert tokenizer(text)["input_ids"] == ids, text
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == end_of_text == len(tokenizer) - 1
+    assert tokenizer.model_max_length == model.config.block_size
 
-def test_exported_tokenizers_agree_with_ours(exported, bpe):
-    *_, tokenizer, name = exported
-    for text in varied_strings():
-        ids = tokenizer(text)["input_ids"]
-        if name == "gpt2":
-            assert ids == bpe.encode(text, allowed_special="all"), text
-        else:
-            assert ids == [i for k, part in enumerate(text.split("<|endoftext|>")) for i in [256] * (k > 0) + list(part.encode())], text
-        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
-    assert tokenizer.eos_token_id == len(tokenizer) - 1 and len(tokenizer) == train_gpt2.VOCAB_SIZE[name]
+def test_what_stands_in_an_exported_folder(exported):
+    """What other programs than transformers read there."""
+    model, _, _, name = exported
+    config = json.loads(Path("out/config.json").read_text())
+    end_of_text = model.config.vocab_size - 1
+    assert config["pad_token_id"] == config["eos_token_id"] == end_of_text
+    assert config["dtype"] == "float32"
+    generation = json.loads(Path("out/generation_config.json").read_text())
+    assert generation["pad_token_id"] == generation["eos_token_id"] == end_of_text
+    # transformers 4 has no TokenizersBackend, which transformers 5 would write here
+    tokenizer = json.loads(Path("out/tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    weights = pytest.importorskip("safetensors.torch").load_file("out/model.safetensors")
+    if config["model_type"] == "gpt2":
+        # llama.cpp and mlx-lm
+        assert config["n_ctx"] == config["n_positions"] == model.config.block_size
+        assert config["resid_pdrop"] == config["embd_pdrop"] == config["attn_pdrop"] == 0
+        assert "wte.weight" in weights and "h.0.attn.c_attn.bias" in weights
+    else:
+        assert config["rope_theta"] == 10000
+        assert "model.layers.0.self_attn.q_proj.weight" in weights
+    readable = {oct(path.stat().st_mode) for path in Path("out").iterdir()}
+    assert len(readable) == 1, "some files are private"
+    card = Path("out/README.md").read_text()
+    assert card.startswith("---\nlicense: mit\nlibrary_name: transformers\n")
+    assert "7 steps" in card and "4.5000" in card and "Begin a prompt with `<|endoftext|>`" in card
+    assert ("HuggingFaceFW/fineweb" in card) == (name == "gpt2")
 
+def test_a_folder_appears_only_when_it_is_whole(transformers, gpt2_vocabulary):
+    """A full disk is one line, and leaves nothing; a folder that is there is left alone."""
+    write_checkpoint(Path("best.pt"), **EXPORTS["d12"])
+    before = set(Path().iterdir())
+    # no file may become longer than this, as if the disk were full then: config.json always fits,
+    # the vocabulary of 6.2 MB only the second time, and the weights of 6.4 MB never
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (10_000, 6_350_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(SystemExit, match="error: out is not written"):
+                train_gpt2.main(["--export", "best.pt", "out"])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert set(Path().iterdir()) == before
+    Path("out").mkdir()
+    Path("out/mine").write_text("mine")
+    with pytest.raises(SystemExit, match="out is there already"):
+        train_gpt2.main(["--export", "best.pt", "out"])
+    assert os.listdir("out") == ["mine"]
 
-def test_what_cannot_be_exported(capsys, monkeypatch):
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
-    byte_checkpoint("model.pt", norm="layernorm")
-    fails(["--export", "model.pt", "out"], capsys, "layernorm", "--arch gpt2")
-    fails(["--export", "nowhere.pt", "out"], capsys, "nowhere.pt")
-    fails(["--export", "model.pt"], capsys, "--export")
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    fails(["--export", "model.pt", "out"], capsys, "pip install safetensors")
+def test_what_cannot_be_exported(transformers, monkeypatch):
+    """Switches that no architecture has together; no checkpoint; no transformers."""
+    for mixed in ({"norm": "layernorm"}, {**train_gpt2.GPT2, "qk_norm": True}, train_gpt2.GPT2):
+        write_checkpoint(Path("best.pt"), **mixed)
+        with pytest.raises(SystemExit, match="error: only the variant and --arch gpt2"):
+            train_gpt2.main(["--export", "best.pt", "out"])
+    with pytest.raises(SystemExit, match="error: nowhere.pt"):
+        train_gpt2.main(["--export", "nowhere.pt", "out"])
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for command in (["--export", "best.pt", "out"], ["--sample", "gpt2"]):
+        with pytest.raises(SystemExit, match="error.*pip install transformers"):
+            train_gpt2.main(command)
     assert not Path("out").exists()
 
+def test_openai_weights(transformers):
+    """OpenAI's layout (merged, transposed, 50,257 rows) comes in with the same logits."""
+    theirs = hub_gpt2(transformers, "openai-community/gpt2")
+    ours, tokenizer = train_gpt2.load_model("gpt2", torch.device("cpu"))
+    assert tokenizer == "gpt2"
+    assert differ(ours, theirs) < 1e-4
+    # a shorter memory is the first positions of the long one, and there is no longer one
+    assert differ(train_gpt2.from_openai("gpt2", 48), theirs) < 1e-4
+    with pytest.raises(SystemExit, match="error: gpt2 .*1024.*--sequence_length"):
+        train_gpt2.from_openai("gpt2", 1025)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The report, and what the documents say
+def test_export_and_import_are_inverse(transformers, gpt2_vocabulary):
+    """Out by export() and in by from_openai(): the very same weights."""
+    model = write_checkpoint(Path("best.pt"), **EXPORTS["gpt2"])
+    train_gpt2.main(["--export", "best.pt", "openai-community/gpt2"])
+    again = train_gpt2.from_openai("gpt2", 64)
+    idx = torch.randint(0, 50257, (2, 64))
+    assert again.config == model.config
+    assert torch.equal(again(idx), model(idx))
+
+@pytest.mark.parametrize("damage", ["no network", "half a file", "no json"])
+def test_openai_weights_that_do_not_arrive(damage, transformers, monkeypatch):
+    """One line, whatever it is."""
+    if damage == "no network":
+        # a process of its own, since these are read when the package is imported
+        empty = os.path.abspath("empty")
+        done = run("--sample", "gpt2", code=1, HF_HUB_OFFLINE="1", HF_HOME=empty)
+        assert "Traceback" not in done.stderr
+        message = done.stderr.splitlines()[-1]
+    else:
+        hub_gpt2(transformers, "openai-community/gpt2")
+        name = {"half a file": "model.safetensors", "no json": "config.json"}[damage]
+        path = Path("openai-community/gpt2") / name
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(SystemExit) as e:
+            train_gpt2.main(["--sample", "gpt2"])
+        message = str(e.value)
+    assert message.startswith("error: cannot load openai-community/gpt2") and "\n" not in message
+
+# -------------------------------------------------------------------------------------------------
+# 11. The report, and what the documents say
 
 ROOT = Path(SCRIPT).parent
 sys.path.append(str(ROOT / "report"))
-DOCUMENTS = [ROOT / "README.md", ROOT / "report" / "README.md"]
+import ablation  # noqa: E402
+import bench  # noqa: E402
+import one_step  # noqa: E402
+import plot  # noqa: E402
 
+README = ROOT / "README.md"
+REPORT = ROOT / "report" / "README.md"
+LOGS = ROOT / "report" / "logs"
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_links_lead_somewhere(document):
-    """Every relative link is to a file that is there; one to a line is to the line that its text names, one to a heading to one."""
-    links = re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", document.read_text())
-    links = [(text, link) for text, link in links if "://" not in link]
-    assert links
-    for text, link in links:
-        path, _, anchor = link.partition("#")
-        target = document.parent / path if path else document
-        assert target.exists(), f"{document}: {link}"
-        if re.fullmatch(r"L\d+", anchor):
-            assert text.strip("`") in target.read_text().splitlines()[int(anchor[1:]) - 1], f"{document}: {text} is not in {link}"
-        elif anchor:
-            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
-            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], link
-
+def test_links_lead_somewhere():
+    """To a file, a heading, an address further down; `Names` in brackets are train_gpt2.py's."""
+    for document in README, REPORT:
+        text = document.read_text("utf-8")
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+            path, _, anchor = link.partition("#")
+            assert (document.parent / path).exists(), link
+            headings = re.findall(r"^#+ (.*)$", text.lower(), re.M)
+            anchors = [re.sub(r"[^\w -]", "", line).replace(" ", "-") for line in headings]
+            assert not anchor or anchor in anchors, link
+        addresses = set(re.findall(r"^\[(\w+)\]: http", text, re.M))
+        assert set(re.findall(r"\]\[(\w+)\]", text)) == addresses
+    assert set(re.findall(r"!\[.*\]\((\S+)\)", text)) == set(plot.FIGURES)
+    names = re.findall(r"\w+", " ".join(re.findall(r"\(((?:`\w+`(?:, )?)+)\)", text)))
+    assert names and [name for name in names if not hasattr(train_gpt2, name)] == []
 
 def commands():
-    """(document, script, arguments) of every command in README.md, report/README.md and the scripts' own headings."""
-    for document in (*DOCUMENTS, *(ROOT / "report").glob("*.py"), *ROOT.glob("*.py")):
-        text = document.read_text()
-        text = text if document.suffix == ".md" else text.split('"""')[1]
-        for script, rest in re.findall(r"(?:python|torchrun)\b[^`\n|]*? ([\w./]+\.py)\b([^`\n|&)]*)", text):
-            yield document, script, shlex.split(rest, comments=True)
-
+    """(script, arguments) of the commands in both READMEs and in the scripts' own headings."""
+    for path in [README, REPORT, *ROOT.glob("*.py"), *(ROOT / "report").glob("*.py")]:
+        text = path.read_text("utf-8")
+        if path.suffix == ".py":
+            text = text.split('"""')[1]
+        text = re.sub(r"\\\n *", "", text)  # a command that goes on in the next line
+        command = r"(?:python|torchrun)\b[^`\n|]*? ([\w./]+\.py)\b([^`\n|&)]*)"
+        for script, rest in re.findall(command, text):
+            # what stands behind two spaces or # explains it
+            yield script, shlex.split(re.split(r"  +|#", rest)[0])
 
 def test_commands_are_understood(monkeypatch):
-    """The script is there, and its own parser takes the arguments. (Nothing is run: parsing ends in an exception.)"""
-    import ablation, bench, one_step, plot
-    class Parsed(Exception):
+    """The script is there, and its parser takes the arguments. (Nothing runs after parsing.)"""
+    class Parsed(BaseException):
         pass
-    parse = argparse.ArgumentParser.parse_args
+
     def parse_and_stop(parser, argv):
-        parse(parser, argv)
-        raise Parsed
+        raise Parsed(parse(parser, argv))
+
+    parse = argparse.ArgumentParser.parse_args
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-    monkeypatch.setattr(one_step, "main", lambda argv: argv == [] and parse_and_stop(argparse.ArgumentParser(), []))
-    main_of = {"train_gpt2.py": main, "fineweb.py": fineweb.main, "hellaswag.py": hellaswag.main, "report/bench.py": bench.main,
-               "report/plot.py": plot.main, "report/ablation.py": ablation.main, "report/one_step.py": one_step.main}
+    scripts = {"train_gpt2.py": train_gpt2, "fineweb.py": fineweb, "hellaswag.py": hellaswag}
+    scripts |= {f"report/{m.__name__}.py": m for m in (ablation, bench, one_step, plot)}
     seen = set()
-    for document, script, argv in commands():
-        if script == "llama.cpp/convert_hf_to_gguf.py":  # theirs
+    for script, argv in commands():
+        if script.startswith("llama.cpp/"):
             continue
-        assert script in main_of and (ROOT / script).exists(), f"{document.name}: {script}"
-        with pytest.raises(Parsed if argv != ["--help"] else SystemExit):
-            main_of[script](argv)
+        with pytest.raises((Parsed, SystemExit)) as e:
+            scripts[script].main(argv)
+        assert e.type is Parsed or argv == ["--help"], (script, argv, e.value.code)
         seen.add(script)
-    assert seen == set(main_of), "a script that no document shows"
+        for contender in e.value.args[0].contender if script == "report/bench.py" else []:
+            flags = re.sub(r"--peer \S+", "", contender)
+            parse(train_gpt2.make_parser(), ["--model", *shlex.split(flags)])
+    assert seen == set(scripts), "a script that no document shows"
 
+def test_tables_agree_with_logs():
+    """Ablations in both READMEs are what the logs say, and each log says what made it."""
+    tables = [ablation.table(LOGS, group) for group in ("tiny", "small")]
+    assert all(table.count("\n") > 5 and table in REPORT.read_text("utf-8") for table in tables)
+    trials = [trial.what for trial in ablation.TRIALS.values()]
+    lines = README.read_text("utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("|") and line.split("|")[1].strip() in trials]
+    assert rows and all(any(row in table for table in tables) for row in rows)
+    for log in LOGS.glob("*/*/main.log"):
+        command, machine, first, *_ = log.read_text("utf-8").splitlines()
+        assert command.startswith("# python ") and first.startswith("s:0 tel:"), log
+        assert re.fullmatch(r"# \d{4}-\d\d-\d\d, .*, torch \S+", machine), log
+        assert plot.Run(log.parent).tokens == {"tiny": 2048, "small": 8192}[log.parts[-3]], log
 
-def test_tables_agree_with_the_logs():
-    """Every row of an ablation in README.md or report/README.md is what report/ablation.py makes of report/logs."""
-    import ablation
-    rows = {group: ablation.table(group).splitlines() for group in ("tiny", "small")}
-    report = DOCUMENTS[1].read_text()
-    assert all(len(table) > 5 and "\n".join(table) in report for table in rows.values())
-    names = {what for what, *_ in ablation.RUNS.values()}
-    for line in DOCUMENTS[0].read_text().splitlines():
-        if line.startswith("|") and line.split("|")[1].strip() in names:
-            assert any(line in table for table in rows.values()), f"README.md: {line}"
-
-
-def test_logs_say_what_made_them():
-    logs = list((ROOT / "report" / "logs").glob("*/*/main.log"))
-    assert logs
-    for log in logs:
-        command, machine, first = log.read_text().splitlines()[:3]
-        assert command.startswith("# python ") and re.match(r"# \d{4}-\d\d-\d\d, .*, torch \S+$", machine), log
-        assert first.startswith("s:0 tel:") and log.stat().st_size < 20000, log
-
-
-def test_ablation_makes_and_keeps_a_run(monkeypatch, corpus, capsys):
-    """Trains, also under a patch, keeps the log under its heading, and does not train again what is there."""
-    import ablation
-    monkeypatch.setattr(ablation, "LOGS", Path("logs").resolve())
-    monkeypatch.setitem(ablation.GROUPS, "tiny", (2, (1, 2), 4e-3, 2e-3, " ".join(["--model tiny", *SMALL])))
-    data = [flag.split("=")[1] for flag in corpus]
-    command = ["tiny", "--runs", "today", "rope_by_head", "--seeds", "1", "--jobs", "1", "--data", *data]
+def test_ablation_makes_and_keeps_a_run(monkeypatch, small, capsys):
+    """It trains, also under a patch, keeps the log, and does not train again what is there."""
+    *flags, input_bin = small
+    group = ablation.Group(2, (1, 2), 4e-3, 2e-3, 4, "warmup_8", " ".join(flags))
+    monkeypatch.setitem(ablation.GROUPS, "tiny", group)
+    command = "tiny --runs today rope_by_head --seeds 1 --jobs 1 --logs logs --data".split()
+    command.append(input_bin.removeprefix("--input_bin="))
     ablation.main(command)
-    kept = {path.parent.name: path.read_text() for path in Path("logs/tiny").glob("*/main.log")}
-    assert kept.keys() == {"today.1", "rope_by_head.1"}
-    assert kept["today.1"].startswith("# python train_gpt2.py --model tiny") and "--patched rope_by_head" in kept["rope_by_head.1"]
-    losses = [re.findall(r"tel:(\S+)", text) for text in kept.values()]
-    assert len(losses[0]) == 2 and losses[0] != losses[1]
+    logs = {path.parent.name: path.read_text("utf-8") for path in Path("logs").rglob("main.log")}
+    heading = "# python report/ablation.py --patched only_losses,warmup_8"
+    assert logs["today.1"].startswith(f"{heading} --model=d12")
+    assert logs["rope_by_head.1"].startswith(f"{heading},rope_by_head --model=d12")
+    losses = [re.findall(r"s:\d tel:(\S+)", text) for text in logs.values()]
+    assert len(losses) == len(losses[0]) == 2 and losses[0] != losses[1]
     assert "| RoPE turned by head instead of by time | 2 |" in capsys.readouterr().out
-    for name, curve in (("today", (10, 6, 4)), ("gpt2", (10, 9, 8)), ("adamw", (10, 9, 8.5))):
+    # other curves in their place: the table is of these, and no run is made again
+    for name, curve in ("today", (10, 6, 4)), ("gpt2", (10, 9, 8)), ("adamw", (10, 9, 8.5)):
         Path(f"logs/tiny/{name}.1").mkdir(exist_ok=True)
-        Path(f"logs/tiny/{name}.1/main.log").write_text("".join(f"s:{step} tel:{loss}\n" for step, loss in enumerate(curve)))
+        lines = [f"s:{step} tel:{loss}\n" for step, loss in enumerate(curve)]
+        Path(f"logs/tiny/{name}.1/main.log").write_text("".join(lines))
     ablation.main(command)
     out = capsys.readouterr().out
-    assert "| the default | 2 | 4.000 |  | 25% | 1 |" in out  # half a step of two to get from 10 to 8
-    assert "| AdamW instead of Muon | 2 | 8.500 | +4.500 | - | 1 |" in out and "(AdamW) | 2 | 8.000 | +4.000 | 100% | 1 |" in out
+    assert "| the default | 2 | 4.000 |  | 25% | 1 |" in out  # half a step of two, from 10 to 8
+    assert "| AdamW instead of Muon | 2 | 8.500 | +4.500 | - | 1 |" in out
+    assert "(AdamW) | 2 | 8.000 | +4.000 | 100% | 1 |" in out
 
-
-def test_ablations_patches(monkeypatch):
-    """Each does what it says to the model."""
-    import ablation
-    for name in ("Block", "CausalSelfAttention", "GPT"):
-        monkeypatch.setattr(getattr(train_gpt2, name), "__init__", getattr(train_gpt2, name).__init__)
-    monkeypatch.setattr(train_gpt2, "apply_rope", train_gpt2.apply_rope)
-    attention = lambda model: model.transformer.h[0].attn
-    assert attention(tiny_model()).c_attn.weight.parts == [32, 16, 16]
-    ablation.matrix_per_head()
-    assert attention(tiny_model()).c_attn.weight.parts == [8] * 8
-    ablation.whole_matrices()
-    assert not hasattr(attention(tiny_model()).c_attn.weight, "parts")
-    before = tiny_model()
+def test_patches_do_what_they_say(monkeypatch):
+    for owner, name in (GPT, "__init__"), (GPT, "features"), (train_gpt2, "apply_rope"):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    monkeypatch.setattr(train_gpt2, "parse_args", train_gpt2.parse_args)
+    for name in "cosine", "bias", "warmup_8":
+        ablation.PATCHES[name]()
+    args, _ = train_gpt2.parse_args(["--model=d12"])
+    assert (args.schedule, args.bias, args.warmup_iters) == ("cosine", True, 8)
     ablation.zero_projections()
-    x = before.transformer.wte(torch.tensor([[1, 2, 3]]))
-    assert torch.equal(tiny_model().transformer.h[0](x, None, None), x)
+    x = torch.randn(1, 3, 32)
+    assert torch.equal(tiny_model().transformer.h[0](x, train_gpt2.rope_tables(3, 8)), x)
     ablation.untied_head()
-    model = tiny_model()
-    assert model.lm_head.weight is not model.transformer.wte.weight and (model.lm_head.weight == 0).all()
+    assert not tiny_model().lm_head.weight.any() and tiny_model().transformer.wte.weight.any()
+    for dtype in torch.bfloat16, torch.float32:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert tiny_model().features(random_ids(2, 5)).dtype == dtype
+        ablation.fp32_residual()
     ablation.rope_by_head()
-    q = torch.randn(1, 1, 4, 8).expand(1, 5, 4, 8)  # the same query at five times
-    turned = train_gpt2.apply_rope(q, *train_gpt2.rope_tables(5, 8))
-    assert torch.equal(turned[:, 0], turned[:, 4]) and not torch.equal(turned[..., 1, :], q[..., 1, :])
+    q = torch.randn(1, 1, 4, 8).expand(1, 5, 4, 8)  # the same four queries at five times
+    rotated = train_gpt2.apply_rope(q, *train_gpt2.rope_tables(5, 8))
+    assert torch.equal(rotated[:, 0], rotated[:, 4])
+    assert not torch.equal(rotated[:, :, 1], q[:, :, 1])
 
+def test_one_step_is_the_runs_first(small, capsys):
+    """What one_step.py shows is what a run does: the loss, the rate and the gradient's norm."""
+    main([*small, "--val_loss_every=0"])
+    first = Path("log/main.log").read_text("utf-8").splitlines()[0]
+    wanted = [float(x) for x in re.findall(r":(\d+\.\S+)", first)[:3]]
+    capsys.readouterr()
+    for dtype, tolerance in ("float32", 1e-3), ("bfloat16", 0.03):
+        one_step.main([*small, f"--dtype={dtype}"])
+        out = capsys.readouterr().out
+        shown = re.search(r"loss (\S+) \| lr (\S+) \| norm (\S+)$", out.strip()).groups()
+        assert [float(x) for x in shown] == pytest.approx(wanted, rel=tolerance)
+        # the same loss, by the model's forward() and one operation at a time
+        head_loss, by_hand = re.search(r"HeadLoss (\S+), .* above (\S+)", out).groups()
+        assert float(by_hand) == pytest.approx(float(head_loss), rel=tolerance / 100)
+    fails([*small, "--pos=learned"], capsys, "architecture", main=one_step.main)
 
-def test_one_step_is_the_runs_first(capsys):
-    """What report/one_step.py prints for the first step of the default run is what that run prints."""
-    import one_step
-    one_step.main()
-    out = capsys.readouterr().out
-    numbers = re.search(r"loss (\S+) \| lr (\S+) \| norm (\S+)$", out.strip()).groups()
-    main("--num_iterations=1 --val_loss_every=0 --sample_every=0 --save_every=0 --device=cpu --output_dir=log".split())
-    assert f"loss {numbers[0]} | lr {numbers[1]} | norm {numbers[2]} |" in capsys.readouterr().out
-    assert f"HeadLoss {numbers[0]}, from the logits above {numbers[0]}" in out
-
-
-def test_bench_measures_ours_and_a_peer(corpus, capsys):
-    """One row for each contender. (What the rows say about time is for people, not for tests.)"""
-    import bench
-    Path("peer.py").write_text("""
-import torch, dataclasses
-@dataclasses.dataclass
-class GPTConfig:
-    n_layer: int = 1; n_head: int = 1; n_embd: int = 8; block_size: int = 8; vocab_size: int = 50257
+PEER = """
+import torch
+GPTConfig = dict
 class GPT(torch.nn.Module):
+    calls = []
     def __init__(self, config):
         super().__init__()
-        self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        self.wte = torch.nn.Embedding(config["vocab_size"], config["n_embd"])
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, zero_stage):
         return torch.optim.AdamW(self.parameters(), lr=learning_rate)
-    def forward(self, idx, targets):
+    def forward(self, idx, targets=None, return_logits=True):
+        self.calls.append((tuple(idx.shape), tuple(self.wte.weight.shape), return_logits))
         logits = self.wte(idx) @ self.wte.weight.T
-        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-""")
+        return None, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+"""
+
+def test_bench_measures_ours_and_a_peer(capsys):
+    """One row each, of the same step; how fast they are is for people, not for tests."""
+    Path("peer.py").write_text(PEER)
     flags = "--n_layer=1 --n_embd=32 --total_batch_size=512 --batch_size=2 --device=cpu"
-    bench.main([f"tiny {flags}", f"tiny {flags} --arch gpt2 --peer peer.py", "--steps", "2", "--warmup", "0"])
-    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
-    assert len(rows) == 2 and "(2 x 128 x 2, " in rows[0][1] and float(rows[0][4]) == 1.0
-    assert all(float(row[2]) > 0 and int(row[3].replace(",", "")) > 0 for row in rows)
+    ours, theirs = f"tiny {flags}", f"tiny {flags} --arch gpt2 --peer peer.py"
+    bench.main([ours, theirs, "--steps=2", "--warmup=1"])
+    out = capsys.readouterr().out
+    rows = [line.split("|")[1:] for line in out.splitlines() if line.startswith("| tiny")]
+    assert [row[0].split(" (")[0].strip() for row in rows] == [ours, theirs]
+    assert all(" (2 x 128 x 2, " in row[0] and float(row[1]) > 0 for row in rows)
+    assert float(rows[0][3]) == 1
+    # four steps (the first, one to warm up, two that count) of two micro-batches, of bytes as ours
+    assert sys.modules["peer"].GPT.calls == [((2, 128), (257, 32), False)] * 8
     fails(["tiny --peer nowhere.py"], capsys, "--peer nowhere.py", "clone", main=bench.main)
 
-
-def test_plot_draws_our_logs_and_llmcs(capsys):
-    """One picture with the tokens, the losses and the scores of a run of ours and one of llm.c's."""
-    pytest.importorskip("matplotlib", reason="matplotlib, which draws the report's figures, is not installed")
-    import plot
+def test_plot_draws_our_logs_and_llmcs(capsys, monkeypatch):
+    """One picture with the tokens, losses and scores of a run of ours and of one of llm.c's."""
+    ours = LOGS / "tiny" / "today.1"
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "matplotlib", None)
+        fails([str(ours)], capsys, "pip install matplotlib", main=plot.main)
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     Path("llmc").mkdir()
-    Path("llmc/main.log").write_text("s:0 tel:11.0\ns:0 eval:0.2500\ns:1 trl:10.9 lr:0.0001 norm:9\ns:250 tel:6.1\ns:500 tel:5.0\ns:500 eval:0.2955\n")
-    ours = ROOT / "report" / "logs" / "tiny" / "today.1"
+    # it was resumed: some steps stand there twice, and the last line of a step counts
+    Path("llmc/main.log").write_text("s:0 tel:11\ns:0 eval:0.25\ns:250 tel:6.2\ns:500 tel:5\n"
+                                     "s:125 tel:8\ns:250 tel:6.1\ns:1 trl:10.9 lr:0.1 norm:9\n")
     run, theirs = plot.Run(ours), plot.Run("llmc")
-    assert run.tokens == 2048 and theirs.tokens == 524288 and theirs.series["eval"] == ([0, 500], [0.25, 0.2955])
-    ms = run.series["ms"]
-    assert run.seconds([0, 1]) == pytest.approx([0, ms[1][0] / 1000])  # the first line is about step 0 alone
-    assert run.seconds([11])[0] == pytest.approx(ms[1][0] / 1000 + ms[1][1] / 100)  # the next about ten steps
-    plot.main([str(ours), "llmc", "--out", "both.svg"])
-    svg = Path("both.svg").read_text()
-    for text in ("today.1", "llmc", "million tokens", "seconds of training", "learning rate", "gradient norm", "HellaSwag", "GPT-3 124M"):
+    assert theirs.tokens == 524288 and theirs.series["tel"] == ([0, 125, 250, 500], [11, 8, 6.1, 5])
+    # the first line is of step 0; the next is of ten steps, and its ms those of one of them
+    _, ms = run.series["ms"]
+    assert run.seconds([0, 1, 2]) == pytest.approx([0, ms[0] / 1000, (ms[0] + ms[1]) / 1000])
+    for out in "both.svg", "again.svg":
+        plot.main([str(ours), "llmc", "--out", out])
+    svg = Path("both.svg").read_text("utf-8")
+    for text in ("today.1", "llmc", "million tokens", "seconds of training", "learning rate",
+                 "gradient norm", "HellaSwag", "GPT-3 124M"):
         assert text in svg, text
-    plot.main([str(ours), "llmc", "--out", "again.svg"])
-    assert Path("again.svg").read_text() == svg  # no date, no random names
-    Path("empty").mkdir()
-    Path("empty/main.log").write_text("\n")
-    fails(["empty"], capsys, "nothing to draw", main=plot.main)
+    assert Path("again.svg").read_text("utf-8") == svg  # no date and no random names in it
     fails(["nowhere"], capsys, "nowhere/main.log", "--output_dir", main=plot.main)
-
-
-def test_plot_says_what_it_needs(capsys, monkeypatch):
-    import plot
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    fails([str(ROOT / "report" / "logs" / "tiny" / "today.1")], capsys, "pip install matplotlib", main=plot.main)
-
-
-def test_every_figure_of_the_report_is_there():
-    """report/plot.py without arguments makes all that the report shows, out of logs that are there."""
-    import plot
-    shown = set(re.findall(r"\(([\w/]+\.svg)\)", DOCUMENTS[1].read_text()))
-    assert shown == set(plot.FIGURES)
-    for name, (group, runs, _) in plot.FIGURES.items():
-        assert (ROOT / "report" / name).read_text().startswith("<?xml")
-        assert all((ROOT / "report" / "logs" / group / f"{run}.1" / "main.log").exists() for run in runs)
+    Path("llmc/main.log").write_text("\n")
+    fails(["llmc"], capsys, "nothing to draw", main=plot.main)

@@ -1,16 +1,21 @@
 """
-How fast is a training step on this machine? Milliseconds, tokens a second, MFU and peak memory, in one table.
+How fast is a training step on this machine? Milliseconds, tokens a second, MFU and peak memory, in
+one table.
 
-    python report/bench.py                                                      # tiny, today's recipe and older ones
-    python report/bench.py "d12" "d12 --arch gpt2 --peer llm.c/train_gpt2.py"   # beside llm.c's model of the same shape
-    python report/bench.py --steps 5 "d24" "d24 --recipe homework" "d24 --no-compile"
+    python report/bench.py                       # tiny: today's recipe, and older ones
+    python report/bench.py "d12" "d12 --arch gpt2 --recipe original --peer llm.c/train_gpt2.py"
+    python report/bench.py --steps 5 "d24" "d24 --recipe original" "d24 --no-compile"
 
-Every argument is one contender: a preset and any flags of train_gpt2.py. --peer FILE puts the class GPT of llm.c's
-train_gpt2.py or nanoGPT's model.py in the place of ours, with its own optimiser, --dtype and --compile as given.
-A step is what train() does: all micro-batches, the clipping, the optimisers. Tokens are random. Contenders take turns step
-by step, so that a machine that slows down slows all of them; a figure is the median over the turns. Peak memory is what
-the step itself needs: what the other contenders keep is taken off. Run a model that fills a GPU alone.
+Every argument is a contender: the name of a model, and any flags of train_gpt2.py. --peer FILE puts
+the class GPT of llm.c's train_gpt2.py or of nanoGPT's model.py in the place of ours, in the same
+shape, with its own optimizer; --dtype, --compile and the sizes of a step count for it too.
+
+A step is what train() does: all micro-batches, the clipping, the optimizers. Tokens are random, no
+corpus is needed. Contenders take turns step by step, so that a machine that slows down slows all of
+them. A figure is the median over the turns. Peak memory is what the step itself needs: what the
+other contenders keep is taken off. Run a model that fills a GPU alone.
 """
+
 import argparse
 import datetime
 import importlib.util
@@ -19,122 +24,179 @@ import shlex
 import statistics
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch._inductor.config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt2
+import fineweb  # noqa: E402
+import train_gpt2  # noqa: E402
 
-def load_peer(path, config, args):
-    """(model, optimizers, loss function) of another repository's GPT in config's shape."""
+DEFAULT = ["tiny", "tiny --recipe original", "tiny --arch gpt2 --recipe original"]
+
+def load_peer(path, config, args, device):
+    """(model, optimizer) of another repository's GPT, in config's shape."""
     if not Path(path).is_file():
-        train_gpt2.die(f"--peer {path}: no such file, clone llm.c or nanoGPT and name its train_gpt2.py or model.py")
+        sys.exit(f"error: --peer {path}: no such file; clone llm.c or nanoGPT, and name its "
+                 f"train_gpt2.py or model.py")
     spec = importlib.util.spec_from_file_location("peer", path)
     peer = importlib.util.module_from_spec(spec)
-    sys.modules["peer"] = peer  # its dataclass looks itself up there
+    # its dataclass looks itself up there
+    sys.modules["peer"] = peer
     spec.loader.exec_module(peer)
-    peer.FLASH = 1  # llm.c's switch
-    shape = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, block_size=config.block_size)
-    if args.tokenizer == "bytes":  # else the peer's own choice: llm.c takes 50257, nanoGPT 50304
+    # llm.c's switch for flash attention, which is off by default
+    peer.FLASH = 1
+    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    if config.vocab_size != fineweb.VOCAB_SIZE["gpt2"]:
         shape["vocab_size"] = config.vocab_size
-    model = peer.GPT(peer.GPTConfig(**shape)).to(args.device)  # moved after it is made: llm.c draws its weights on the CPU
-    more = {"zero_stage": 0} if "zero_stage" in inspect.signature(model.configure_optimizers).parameters else {}
-    optimizer = model.configure_optimizers(weight_decay=args.weight_decay, learning_rate=args.learning_rate, betas=(0.9, 0.95),
-                                           device_type=args.device.type, **more)
-    flags = {"return_logits": False} if "return_logits" in inspect.signature(model.forward).parameters else {}
-    return model, [optimizer], lambda forward, x, y: forward(x, y, **flags)[1]
+    # else its own choice: llm.c takes 50,257 and nanoGPT 50,304
+
+    # moved after it is made: llm.c draws its weights on the CPU
+    model = peer.GPT(peer.GPTConfig(**shape)).to(device)
+    options = {"weight_decay": args.weight_decay, "learning_rate": args.learning_rate}
+    options |= {"betas": (0.9, 0.95), "device_type": device.type}
+    if "zero_stage" in inspect.signature(model.configure_optimizers).parameters:
+        options["zero_stage"] = 0
+    return model, model.configure_optimizers(**options)
+
+def memory(device):
+    """Bytes that tensors take on the GPU now. 0 on anything else."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 class Contender:
+    """One model with its optimizers and its batch, and the times of its steps."""
+
     def __init__(self, spec):
         parser = argparse.ArgumentParser(add_help=False)
         parser.add_argument("--peer")
-        model, *flags = shlex.split(spec)
-        peer, flags = parser.parse_known_args(flags)
-        self.name = spec
-        # no corpus is read: any name will do, and keeps tiny from making its own
-        args, _ = train_gpt2.parse_args(["--model", model, *flags, "--input_bin", "random"])
-        args.device = device = train_gpt2.pick_device(args.device)
-        args.dtype, autocast = train_gpt2.pick_autocast(args.dtype, device)
-        args.block_size, args.vocab_size = args.sequence_length, train_gpt2.VOCAB_SIZE[args.tokenizer]
-        config = train_gpt2.GPTConfig(**{name: getattr(args, name) for name in train_gpt2.GPTConfig.__dataclass_fields__})
-        before = self.memory(device)
-        torch.manual_seed(args.seed)
+        model_name, *flags = shlex.split(spec)
+        own, flags = parser.parse_known_args(flags)
+        args, _ = train_gpt2.parse_args(["--model", model_name, *flags])
+        self.device = train_gpt2.pick_device(args.device)
+        dtype, self.autocast = train_gpt2.pick_autocast(args.dtype, self.device)
+        T = args.sequence_length
+
+        # tiny learns bytes, all others GPT-2's tokens
+        vocabulary = "gpt2" if args.input_bin else "bytes"
+        vocab_size = fineweb.VOCAB_SIZE[vocabulary]
+        fields = asdict(train_gpt2.GPTConfig())
+        shape = {name: getattr(args, name) for name in fields if name in args}
+        config = train_gpt2.GPTConfig(block_size=T, vocab_size=vocab_size, **shape)
+
+        # counted on the meta device, which knows shapes and holds no numbers
         with torch.device("meta"):
             counted = train_gpt2.GPT(config)
-        if peer.peer:
-            model, optimizers, loss_of = load_peer(peer.peer, config, args)
+        self.flops_per_token = counted.flops_per_token(T)
+        num_params, _ = counted.num_params()
+
+        before = memory(self.device)
+        torch.manual_seed(args.seed)
+        if own.peer:
+            self.model, optimizer = load_peer(own.peer, config, args, self.device)
+            self.optimizers = [optimizer]
         else:
-            with device:
-                model = train_gpt2.GPT(config)
-            optimizers, loss_of = train_gpt2.make_optimizers(model, args), lambda forward, x, y: forward(x, y)
-        compiled = args.compile if args.compile is not None else device.type == "cuda"
-        forward = torch.compile(model, dynamic=False) if compiled else model
-        sequences = args.total_batch_size // args.sequence_length
-        B = args.batch_size or train_gpt2.pick_batch_size(config, counted.num_params()[0], device, sequences)
-        accumulate = sequences // B
-        batch = torch.randint(config.vocab_size, (2, B, args.sequence_length), device=device)
-        self.tokens, self.flops, self.device = B * args.sequence_length * accumulate, counted.flops_per_token(args.sequence_length), device
-        self.name += f" ({B} x {args.sequence_length} x {accumulate}, {args.dtype}{', compiled' * compiled})"
+            with self.device:
+                self.model = train_gpt2.GPT(config)
+            self.optimizers = train_gpt2.make_optimizers(self.model, args, dtype)
+        self.is_peer = bool(own.peer)
+        compiled = args.compile
+        if compiled is None:
+            compiled = self.device.type == "cuda"
+        self.forward = self.model
+        if compiled:
+            self.forward = torch.compile(self.model, dynamic=False)
+        # llm.c's forward() returns (None, loss) if told that nobody wants the logits
+        self.options = {}
+        if "return_logits" in inspect.signature(self.model.forward).parameters:
+            self.options = {"return_logits": False}
 
-        def step():
-            for _ in range(accumulate):
-                with autocast():
-                    loss = loss_of(forward, *batch) / accumulate
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            loss.item()  # waits for the device
-        self.step, self.times, self.peak = step, [], 0
+        sequences = args.total_batch_size // T
+        B = args.batch_size or train_gpt2.pick_batch_size(
+            config, num_params, self.device, dtype, compiled, sequences
+        )
+        self.grad_accum_steps = sequences // B
+        self.x, self.y = torch.randint(vocab_size, (2, B, T), device=self.device)
+        self.tokens = B * T * self.grad_accum_steps
+        how = f"{dtype}, compiled" if compiled else dtype
+        self.name = f"{spec} ({B} x {T} x {self.grad_accum_steps}, {how})"
+
+        # the first step, apart: it compiles, and makes the optimizers' averages
         start = time.time()
-        with torch._inductor.config.patch(coordinate_descent_tuning=bool(peer.peer)):  # as llm.c's script does
-            step()
-        self.first = time.time() - start
-        self.own = self.memory(device) - before  # what stays between steps
+        with torch._inductor.config.patch(coordinate_descent_tuning=self.is_peer):  # as llm.c does
+            self.step()
+        self.first_step = time.time() - start
+        # what stays between steps
+        self.own_memory = memory(self.device) - before
+        self.times = []
+        self.peak_memory = 0
 
-    @staticmethod
-    def memory(device):
-        return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    def step(self):
+        for _ in range(self.grad_accum_steps):
+            with self.autocast():
+                loss = self.forward(self.x, self.y, **self.options)
+            if self.is_peer:
+                _, loss = loss
+            loss = loss / self.grad_accum_steps
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            # each as its own training script does it
+            optimizer.zero_grad(set_to_none=self.is_peer)
+        # waits for the GPU
+        loss.item()
 
     def turn(self):
-        others = self.memory(self.device) - self.own
+        """One step that is timed."""
+        others = memory(self.device) - self.own_memory
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         start = time.time()
         self.step()
         self.times.append(time.time() - start)
         if self.device.type == "cuda":
-            self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device) - others)
+            peak = torch.cuda.max_memory_allocated(self.device) - others
+            self.peak_memory = max(self.peak_memory, peak)
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("contender", nargs="*", default=["tiny", "tiny --recipe homework", "tiny --arch gpt2 --recipe homework"])
-    parser.add_argument("--steps", type=int, default=20, help="turns that are timed")
-    parser.add_argument("--warmup", type=int, default=3, help="turns before them that are not, beside the first step")
+    show_as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=show_as_written)
+    add = parser.add_argument
+    add("contender", nargs="*", default=DEFAULT, help="a model and flags, in quotes")
+    add("--steps", type=int, default=20, help="turns that are timed")
+    add("--warmup", type=int, default=3, help="turns before them that are not")
     args = parser.parse_args(argv)
     torch.set_float32_matmul_precision("high")
     contenders = [Contender(spec) for spec in args.contender]
-    for turn in range(args.warmup + args.steps):
+    for _ in range(args.warmup + args.steps):
         for contender in contenders:
             contender.turn()
+
     device = contenders[0].device
-    threads = f"{device.type}, {torch.get_num_threads()} threads"
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
-    peak = next((1e12 * value for name, value in train_gpt2.PEAK.items() if name in card), None)
-    print(f"{card}, torch {torch.__version__}, {datetime.date.today()}, median of {args.steps} steps after {args.warmup + 1}\n")
-    print("| model, flags (sequences x tokens x micro-batches) | ms | tokens/s | x first | MFU | peak GiB | first step, s |\n"
-          "| --- | --- | --- | --- | --- | --- | --- |")
+    card = f"{device.type}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        card = torch.cuda.get_device_name(device)
+    peak_flops = train_gpt2.PEAK_FLOPS
+    peak = next((peak_flops[name] for name in peak_flops if name in card), None)
+    print(f"{card}, torch {torch.__version__}, {datetime.date.today()}, "
+          f"median of {args.steps} steps after {args.warmup + 1}\n")
+    print("| model, flags (sequences x tokens x micro-batches) | ms | tokens/s | x first | MFU | "
+          "peak GiB | first step, s |\n| --- | --- | --- | --- | --- | --- | --- |")
+    first_speed = None
     for contender in contenders:
         seconds = statistics.median(contender.times[args.warmup:])
         speed = contender.tokens / seconds
-        ratio = statistics.median(contenders[0].times[args.warmup:]) / contenders[0].tokens * speed
-        mfu = f"{speed * contender.flops / peak:.1%}" if peak else "-"
-        memory = f"{contender.peak / 2**30:.1f}" if contender.peak else "-"
-        print(f"| {contender.name} | {1000 * seconds:.1f} | {speed:,.0f} | {ratio:.2f} | {mfu} | {memory} | "
-              f"{contender.first:.1f} |")
+        first_speed = first_speed or speed
+        mfu = "-"
+        if peak:
+            mfu = f"{speed * contender.flops_per_token / peak:.1%}"
+        gib = "-"
+        if contender.peak_memory:
+            gib = f"{contender.peak_memory / 2**30:.1f}"
+        print(f"| {contender.name} | {1000 * seconds:.1f} | {speed:,.0f} | "
+              f"{speed / first_speed:.2f} | {mfu} | {gib} | {contender.first_step:.1f} |")
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -1,139 +1,203 @@
 """
-Draws runs: loss against tokens and against time, learning rate, gradient norm, HellaSwag. Needs `pip install matplotlib`.
+Draws runs: loss against tokens and against time, learning rate, gradient norm, HellaSwag. Needs
+`pip install matplotlib`.
 
-    python report/plot.py log124M                                       # one run, to log124M.svg
-    python report/plot.py log124M llm.c/log124M --out both.svg          # several in one picture, also llm.c's own logs
-    python report/plot.py                                               # every figure of report/README.md, from report/logs
+    python report/plot.py log124M                                   # one run, to log124M.svg
+    python report/plot.py log124M llm.c/log124M --out both.svg      # several; llm.c's own logs too
+    python report/plot.py                                           # the figures of the report
 
-A run is a folder with a main.log: lines like "s:250 tel:4.1234" (validation loss), "trl:" (training loss, with lr:, norm: and
-ms:, where there are such) and "eval:" (HellaSwag). How many tokens a step has is read from the heading that ablation.py
-writes, else from the run's last.pt, else it is 524,288. Time is that of the training steps alone.
+A run is a folder with a main.log. Its lines are like "s:250 tel:4.1234" (validation loss), "trl:"
+(training loss, with lr:, norm: and ms: where there are such) and "eval:" (HellaSwag). How many
+tokens a step has is read from the heading that ablation.py writes, else from the run's last.pt,
+else it is 524,288. Time is that of the training steps alone.
 """
+
 import argparse
+import math
 import re
-import shlex
 import sys
 from pathlib import Path
 
+import torch
+
 REPORT = Path(__file__).resolve().parent
 sys.path.insert(0, str(REPORT.parent))
-import train_gpt2
+import train_gpt2  # noqa: E402
 
-# published: OpenAI's GPT-2 on HellaSwag, completion style (llm.c, discussion 481), and GPT-3 (its paper)
+# Published scores: GPT-2's in completion style (https://github.com/karpathy/llm.c/discussions/481),
+# GPT-3's from its paper.
 HELLASWAG = {"GPT-2 124M": 0.294, "GPT-3 124M": 0.337, "GPT-2 350M": 0.375, "GPT-3 350M": 0.436}
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "train_gpt2", "font.size": 9, "axes.spines.top": False,
-         "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True}
+# hashsalt: names inside the file that are not random, so that the same logs make the same file
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "train_gpt2", "font.size": 9}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
+STYLE |= {"axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True}
+
+def tokens_per_step(heading):
+    """Tokens in a step of a run, out of the command that made it. (Some are of older flags.)"""
+    given = re.search(r"--total_batch_size[ =](\d+)", heading)
+    if given:
+        return int(given[1])
+    model = re.search(r"--model[ =](\w+)", heading)
+    preset = train_gpt2.PRESETS[model[1] if model else "tiny"]
+    return preset.get("total_batch_size", 524288)
 
 class Run:
-    """A main.log: series[kind] is a pair of lists, steps and values; kind is tel, trl, lr, norm, ms or eval."""
+    """A main.log. series[kind] is (steps, values); kind is tel, trl, lr, norm, ms or eval."""
+
     def __init__(self, folder, name=None):
-        self.name, path = name or Path(folder).name, Path(folder, "main.log")
+        self.name = name or Path(folder).name
+        path = Path(folder, "main.log")
         if not path.exists():
-            train_gpt2.die(f"{path}: no such file, give folders that runs were written to (--output_dir)")
-        self.series, text = {}, path.read_text()
+            sys.exit(f"error: {path}: no such file; give folders that runs were written to, see "
+                     f"--output_dir of train_gpt2.py")
+        text = path.read_text("utf-8")
+        points = {}
         for step, fields in re.findall(r"^s:(\d+) (.*)$", text, re.MULTILINE):
             for kind, value in re.findall(r"(\w+):(\S+)", fields):
-                steps, values = self.series.setdefault(kind, ([], []))
-                steps.append(int(step))
-                values.append(float(value))
-        if heading := re.search(r"^# python \S+?\.py(?: --patched \S+)? (.*)$", text, re.MULTILINE):
-            self.tokens = train_gpt2.parse_args([*shlex.split(heading[1]), "--input_bin=x"])[0].total_batch_size
-        elif Path(folder, "last.pt").exists():
-            self.tokens = train_gpt2.load_checkpoint(Path(folder, "last.pt"))["args"]["total_batch_size"]
-        else:
-            self.tokens = 524288
+                # a resumed run makes some steps again, and the last line of a step counts
+                points.setdefault(kind, {})[int(step)] = float(value)
+        self.series = {}
+        for kind, values in points.items():
+            steps = sorted(values)
+            self.series[kind] = (steps, [values[step] for step in steps])
+
+        heading = re.search(r"^# python .*\.py .*$", text, re.MULTILINE)
+        checkpoint = Path(folder, "last.pt")
+        self.tokens = 524288
+        if heading:
+            self.tokens = tokens_per_step(heading[0])
+        elif checkpoint.exists():
+            state = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
+            self.tokens = state["args"]["total_batch_size"]
 
     def seconds(self, steps):
-        """Training time up to each of steps, out of the ms that stand on the lines of training losses: each is the mean since
-        the line before."""
-        at, ms = self.series["ms"]
-        total, ends, sums = 0.0, [0], [0.0]
-        for end, value in zip(at, ms):
-            total += value / 1000 * (end + 1 - ends[-1])
-            ends.append(end + 1)
-            sums.append(total)
+        """Training time up to each of steps.
+
+        It is added up from the ms of the lines of training losses. Each is the mean over the steps
+        since the line before; in between, time goes evenly.
+        """
+        ends = [0]  # steps that are done when a line is written
+        sums = [0.0]  # and the seconds they took
+        for step, ms in zip(*self.series["ms"], strict=True):
+            sums.append(sums[-1] + ms / 1000 * (step + 1 - ends[-1]))
+            ends.append(step + 1)
         result = []
         for step in steps:
-            i = min(max(1, sum(end < step for end in ends)), len(ends) - 1)
-            share = (step - ends[i - 1]) / (ends[i] - ends[i - 1])
-            result.append(sums[i - 1] + min(1.0, share) * (sums[i] - sums[i - 1]))
+            # the line at or after the step; the last line for whatever comes after it
+            i = 1
+            while i < len(ends) - 1 and ends[i] < step:
+                i += 1
+            share = min(1.0, (step - ends[i - 1]) / (ends[i] - ends[i - 1]))
+            result.append(sums[i - 1] + share * (sums[i] - sums[i - 1]))
         return result
 
 def draw(ax, runs, kind, against="tokens", **style):
-    """One line a run; runs that have nothing of this kind are left out. Returns whether there was one."""
-    drawn = False
+    """One line for each run that has such values."""
     for i, run in enumerate(runs):
-        steps, values = run.series.get(kind, ([], []))
-        if steps and (against == "tokens" or "ms" in run.series):
-            x = [step * run.tokens / 1e6 for step in steps] if against == "tokens" else run.seconds(steps)
-            ax.plot(x, values, color=f"C{i}", **style)
-            drawn = True
+        if kind not in run.series or (against == "seconds" and "ms" not in run.series):
+            continue
+        steps, values = run.series[kind]
+        if against == "tokens":
+            x = [step * run.tokens / 1e6 for step in steps]
+        else:
+            x = run.seconds(steps)
+        ax.plot(x, values, color=f"C{i}", **style)
     ax.set_xlabel("million tokens" if against == "tokens" else "seconds of training")
-    return drawn
 
 def losses(ax, runs, against):
-    """Validation losses as lines, from where guessing has ended; training losses in pale behind them."""
+    """Validation losses as lines; training losses in pale behind them."""
     draw(ax, runs, "trl", against, alpha=0.2, linewidth=0.8)
     draw(ax, runs, "tel", against, marker=".", markersize=4)
-    values = [v for run in runs for s, v in zip(*run.series.get("tel", ([], []))) if s]
+    # from where guessing has ended: the first losses would press all others together
+    values = []
+    for run in runs:
+        for step, value in zip(*run.series.get("tel", ([], [])), strict=True):
+            if step > 0:
+                values.append(value)
     if values:
-        ax.set_ylim(min(values) - 0.1, sorted(values)[int(0.98 * len(values))] + 0.1)
+        values.sort()
+        ax.set_ylim(values[0] - 0.1, values[int(0.98 * len(values))] + 0.1)
     ax.set_ylabel("loss, nats a token")
 
-def hellaswag(ax, runs):
+def losses_by_tokens(ax, runs):
+    losses(ax, runs, "tokens")
+
+def losses_by_time(ax, runs):
+    losses(ax, runs, "seconds")
+
+def rates(ax, runs):
+    draw(ax, runs, "lr")
+    ax.set_ylabel("learning rate")
+
+def norms(ax, runs):
+    draw(ax, runs, "norm")
+    ax.set_ylabel("gradient norm")
+    ax.set_yscale("log")
+
+def scores(ax, runs):
     draw(ax, runs, "eval", marker=".")
     for name, value in HELLASWAG.items():
         ax.axhline(value, color="gray", linewidth=0.8, linestyle=":")
         ax.text(0, value, name, fontsize=7, color="gray", va="bottom")
     ax.set_ylabel("HellaSwag, acc_norm")
 
-PANELS = {  # what it needs in a log: how it is drawn
-    "tel": lambda ax, runs: losses(ax, runs, "tokens"),
-    "ms": lambda ax, runs: losses(ax, runs, "seconds"),
-    "lr": lambda ax, runs: draw(ax, runs, "lr") and ax.set_ylabel("learning rate"),
-    "norm": lambda ax, runs: draw(ax, runs, "norm") and (ax.set_ylabel("gradient norm"), ax.set_yscale("log")),
-    "eval": hellaswag}
+# what a panel needs in a log, and what draws it
+PANELS = {"tel": losses_by_tokens, "ms": losses_by_time, "lr": rates, "norm": norms, "eval": scores}
 
 def overview(runs, out, kinds=tuple(PANELS)):
-    """A figure of the panels that at least one run has the numbers for, in two columns."""
+    """A figure of those panels that at least one run has the numbers for, in two columns."""
     try:
         import matplotlib
+
         matplotlib.use("svg")
         import matplotlib.pyplot as plt
     except ImportError:
-        train_gpt2.die("plot.py draws with matplotlib: pip install matplotlib")
+        sys.exit("error: plot.py draws with matplotlib: pip install matplotlib")
     plt.rcParams.update(STYLE)
     kinds = [kind for kind in kinds if any(kind in run.series for run in runs)]
     if not kinds:
-        train_gpt2.die("these logs have no line like s:250 tel:4.1234: nothing to draw")
+        sys.exit("error: these logs have no line like s:250 tel:4.1234: there is nothing to draw")
     columns = min(2, len(kinds))
-    rows = -(-len(kinds) // columns)  # rounded up
-    figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3 * rows), squeeze=False)
+    rows = math.ceil(len(kinds) / columns)
+    size = (4.4 * columns, 3 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for ax in axes.flat[len(kinds):]:
         ax.remove()
-    for kind, ax in zip(kinds, axes.flat):
+    for kind, ax in zip(kinds, axes.flat, strict=False):
         PANELS[kind](ax, runs)
-    axes.flat[0].legend([plt.Line2D([], [], color=f"C{i}") for i in range(len(runs))], [run.name for run in runs])
-    figure.savefig(out, metadata={"Date": None})  # without a date the same logs make the same file
+    colors = [plt.Line2D([], [], color=f"C{i}") for i in range(len(runs))]
+    axes.flat[0].legend(colors, [run.name for run in runs])
+    # without a date, again so that the same logs make the same file
+    figure.savefig(out, metadata={"Date": None})
     plt.close(figure)
     print(f"wrote {out}")
 
+# The figures of report/README.md: the group of logs, {run: its name in the figure}, the panels.
+# ("homework" was the first version's word for the original recipe.)
 THREE = {"gpt2": "GPT-2, AdamW", "homework": "variant, AdamW", "today": "variant, today's recipe"}
-FIGURES = {  # of report/README.md: group of logs, {run: name}, panels
+RECIPES = {"homework": "original recipe", "today": "today's recipe"}
+ROPE = {"today": "turned by time", "learned": "learned", "rope_by_head": "turned by head"}
+FIGURES = {
     "loss_tiny.svg": ("tiny", THREE, ("tel", "ms")),
-    "loss_small.svg": ("small", THREE, ("tel",)),  # its runs were made two at a time, so their ms say little
-    "recipes.svg": ("tiny", {"homework": "homework's recipe", "today": "today's recipe"}, ("lr", "norm")),
-    "rope.svg": ("tiny", {"today": "turned by time", "learned": "learned", "rope_by_head": "turned by head"}, ("tel",))}
+    # small's runs were made two at a time, so their ms say little
+    "loss_small.svg": ("small", THREE, ("tel",)),
+    "recipes.svg": ("tiny", RECIPES, ("lr", "norm")),
+    "rope.svg": ("tiny", ROPE, ("tel",)),
+}
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("log_dir", nargs="*", help="not given: the report's figures")
-    parser.add_argument("--out", help="not given: the first folder's name, with .svg")
+    show_as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=show_as_written)
+    parser.add_argument("log_dir", nargs="*", help="none: make the report's figures")
+    parser.add_argument("--out", help="default: the first folder's name, with .svg")
     args = parser.parse_args(argv)
     if args.log_dir:
-        return overview([Run(folder) for folder in args.log_dir], args.out or f"{Path(args.log_dir[0]).name}.svg")
-    for name, (group, runs, kinds) in FIGURES.items():
-        overview([Run(REPORT / "logs" / group / f"{run}.1", label) for run, label in runs.items()], REPORT / name, kinds)
+        runs = [Run(folder) for folder in args.log_dir]
+        overview(runs, args.out or f"{Path(args.log_dir[0]).name}.svg")
+        return
+    for file, (group, names, kinds) in FIGURES.items():
+        runs = [Run(REPORT / "logs" / group / f"{run}.1", name) for run, name in names.items()]
+        overview(runs, REPORT / file, kinds)
 
 if __name__ == "__main__":
     main(sys.argv[1:])
