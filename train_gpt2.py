@@ -1606,11 +1606,9 @@ class Run:
         self.report(text, f"s:{step} trl:{self.train_loss:.6f} lr:{lr:.2e} norm:{norm:.4f} "
                           f"ms:{1000 * mean:.1f}")
 
-def train_command(args, argv, checkpoint):
-    """Sets up a run, and trains it to the end or until it is stopped. Returns the exit code."""
-    run = Run(args, argv, checkpoint)
-    # its weights are in the model now: let go of the file
-    del checkpoint
+def train_command(run):
+    """Trains a run to the end, or until it is stopped. Returns the exit code."""
+    args = run.args
     run.catch_signals()
     try:
         if args.hellaswag_every:
@@ -1655,7 +1653,10 @@ def main(argv):
             return export(*args.export)
         if args.sample:
             return sample_command(args)
-        code = train_command(args, argv, checkpoint)
+        run = Run(args, argv, checkpoint)
+        # its weights are in the model now: let go of the file
+        del checkpoint
+        code = train_command(run)
     # the rest makes one line of what can go wrong, and is not needed to understand training
     except BrokenPipeError:
         # the program that reads our output has ended (head -1, for example): end as well
