@@ -162,11 +162,11 @@ def make_norm(config):
 # and that of every earlier position, by their dot product, and takes a mean of the values, in
 # which those with fitting keys weigh most.
 #
-# So attention sees a set of positions, and would not know their order. GPT-2 adds a learned
-# vector to each position. Rotary positions (RoPE, https://arxiv.org/abs/2104.09864) instead
-# rotate queries and keys by an angle that grows with time. The dot product of a query rotated by
-# a and a key rotated by b depends on a - b alone. So attention sees distances: "three tokens ago"
-# looks the same everywhere in the text.
+# None of this depends on where a key stands: attention sees a set of positions, and no order.
+# GPT-2 adds a learned vector to each position. Rotary positions (RoPE,
+# https://arxiv.org/abs/2104.09864) instead rotate queries and keys by an angle that grows with
+# time. The dot product of a query rotated by a and a key rotated by b depends on a - b alone. So
+# attention sees distances: "three tokens ago" looks the same everywhere in the text.
 
 def rope_tables(T, D, base=10000.0):
     """cos and sin of every angle, each (T, D/2).
@@ -194,7 +194,7 @@ def causal_attention(q, k, v):
     """softmax(q k^T / sqrt(D)) v, each position over itself and the past.
 
     q (B, n_head, T, D), k and v (B, n_kv_head, T, D) -> (B, n_head, T, D). Several query
-    heads share a key and value head (see the class below). In plain form:
+    heads share a key and value head, to save weights. In plain form:
 
         k = k.repeat_interleave(n_head // n_kv_head, dim=1)     # one for each query head,
         v = v.repeat_interleave(n_head // n_kv_head, dim=1)     # (B, n_head, T, D)
@@ -219,7 +219,7 @@ def causal_attention(q, k, v):
     # Flash attention (https://arxiv.org/abs/2205.14135): the same numbers as above, computed tile
     # by tile in the small fast memory of the chip, so that no (T, T) matrix is ever stored.
     grouped = q.size(1) != k.size(1)
-    # autocast would turn q, k and v into bf16 again: keep what they are
+    # autocast would turn the fp32 q, k and v of a CPU into bf16: switch it off
     with torch.autocast(q.device.type, enabled=False):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
@@ -274,7 +274,7 @@ class CausalSelfAttention(nn.Module):
         return self.c_proj(y)
 
 class MLP(nn.Module):
-    """Works on each position by itself, after attention has brought together what it needs.
+    """Multi-layer perceptron: works on what attention has brought to a position, each by itself.
 
     GPT-2's MLP widens the vector to 4C, applies GELU (a smooth ReLU), and goes back to C. SwiGLU
     (https://arxiv.org/abs/2002.05202) makes two wide vectors, and one of them, the gate, decides
@@ -450,6 +450,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size):
+        # whether a backward pass will follow; in evaluate(), under torch.no_grad(), none does
         need_gradient = ctx.needs_input_grad[0]
         loss = torch.zeros((), device=x.device)
         if need_gradient:
@@ -468,9 +469,10 @@ class HeadLoss(torch.autograd.Function):
             log_p_target = log_p.gather(1, target)
             loss -= log_p_target.sum()
             if need_gradient:
-                # The softmax, and at the target p - 1. If p were rounded to bf16 first and 1
-                # subtracted then, every p above 0.998 would give 0. Even in fp32, p - 1 loses the
-                # digits of a p that is almost 1. expm1(log p) is p - 1 without that loss.
+                # The gradient of the logits is p, the softmax, and p - 1 at the target. If p were
+                # rounded to bf16 first and 1 subtracted then, every p above 0.998 would give 0.
+                # Even in fp32, p - 1 loses the digits of a p that is almost 1. expm1(log p) is p
+                # - 1 without that loss.
                 dlogits = log_p.exp().to(x.dtype)
                 dlogits.scatter_(1, target, log_p_target.expm1().to(x.dtype))
                 # logits = x W^T, so the gradient of x is dlogits W, and that of W is dlogits^T x
@@ -484,10 +486,10 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        # grad is the derivative of the final number by this loss. train() calls backward() on
-        # loss / grad_accum_steps, so grad is 1 / grad_accum_steps. dx and dw are the gradients of
-        # the sum of the losses. The loss is their mean over tokens, so divide by the number of
-        # tokens.
+        # grad is the derivative of the final number by this loss. train() cuts a step's batch
+        # into grad_accum_steps pieces, and calls backward() on loss / grad_accum_steps for each,
+        # so grad is 1 / grad_accum_steps. dx and dw are the gradients of the sum of the losses.
+        # The loss is their mean over tokens, so divide by the number of tokens.
         scale = grad / ctx.num_tokens
         # one gradient for each input of forward(); the last two need none
         return dx * scale, dw * scale, None, None
@@ -655,14 +657,16 @@ def orthogonalize(matrices):
     every stretch s becomes s^3; in X X^T X X^T X it becomes s^5. So a weighted sum of the three,
     made of matrix products only, does this to each stretch:
         s -> a s + b s^3 + c s^5
-    Five times in a row this one brings every s between 1/500 and 1 to between 0.7 and 1.2, which
-    serves as well. Smaller ones stay smaller. (a, b and c were found by search, see the link.)
+    With the a, b and c below, doing this five times brings every s between 1/500 and 1 to between
+    0.7 and 1.2. That is near enough to 1. Smaller ones stay smaller. (a, b and c were found by
+    search, see the link.)
     """
     a, b, c = 3.4445, -4.775, 2.0315
     # The polynomial needs singular values of at most 1, and none is larger than the matrix's norm,
     # the root of the sum of the squares of its entries.
     X = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
+        # A X is X X^T X, and A A X is X X^T X X^T X: this is the weighted sum of the three
         A = X @ X.mT  # (n, rows, rows)
         B = b * A + c * A @ A
         X = a * X + B @ X
@@ -672,8 +676,9 @@ class Muon(torch.optim.Optimizer):
     """Averages the gradients, makes the average orthogonal, and takes a step along it.
 
     It is for the matrices of the blocks, which turn one vector into another. The table wte is
-    left to AdamW, as Muon's author advises (the link above, which also says so of lm_head). Its
-    rows are not parts of one map: each is the vector of one token, and is looked up alone. dtype
+    left to AdamW. Its rows do not work together: each is the vector of one token and is looked up
+    alone, so there are no common directions to even out. (The table is also lm_head, which does
+    turn a vector into scores; Muon's author found AdamW better there, too, see the link.) dtype
     is the precision of the products: bf16 is exact enough, but slow where the hardware lacks it.
     """
 
@@ -710,6 +715,7 @@ class Muon(torch.optim.Optimizer):
                     # turn back what was turned above
                     if p.size(0) > p.size(1):
                         update = update.T
+                    # weight decay, as in AdamW, and the step
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.sub_(update, alpha=group["lr"])
 
@@ -727,13 +733,13 @@ def make_optimizers(model, args, dtype):
             decayed.append(p)
     groups = [
         {"params": decayed, "weight_decay": args.weight_decay},
-        # No decay here: a norm's gain belongs near 1, since a gain of 0 switches its channel off.
-        # A bias multiplies nothing, so a large one does not make the model oversensitive to its
-        # input.
+        # No decay here. Decay is there because large weights make the model oversensitive: a small
+        # change of what they multiply changes the output much. A bias is only added and cannot do
+        # that. And a norm's gain belongs near 1, since a gain of 0 switches its channel off.
         {"params": vectors, "weight_decay": 0.0},
     ]
     # 0.9 and 0.95 are GPT-3's (https://arxiv.org/abs/2005.14165). With PyTorch's usual 0.999, v
-    # would remember one odd batch for 1000 steps. fused: one kernel updates all weights.
+    # would remember one unusual batch for 1000 steps. fused: one kernel updates all weights.
     lr = args.learning_rate
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
     if not matrices:
@@ -931,7 +937,8 @@ class Stopped(Exception):
 
 # What a healthy run looks like. The loss begins near ln V, falls fast for some hundred steps and
 # then ever more slowly. It wobbles by a few percent from step to step, since each has another
-# batch. When the rate falls at the end, the loss falls faster once more. llm.c's GPT-2 124M has a
+# batch. While the learning rate falls (with wsd that is the last 70 % of the run), the loss goes
+# on falling, and falls faster than it would at a constant rate. llm.c's GPT-2 124M has a
 # validation loss on FineWeb of 6.17 after 250 steps, 3.86 after 2,000, 3.39 after 10,000 and 3.27
 # at the end (https://github.com/karpathy/llm.c/discussions/481), and ours should stay below that.
 # The norm (the length of all gradients as one vector) is a few units at first and settles below
@@ -944,6 +951,7 @@ def train(run):
     first_step = run.step
     first_step_done = None  # the time when the first step was done
     seconds = []  # how long each step took since the last line that was printed
+    # the first part of the first step's batch (see below)
     x, y = run.micro_batch(first_step * run.grad_accum_steps)
     # One round more than there are steps: it only looks at the final weights.
     for step in range(first_step, args.num_iterations + 1):
@@ -955,7 +963,7 @@ def train(run):
         # Once in a while: HellaSwag, a benchmark of questions with four answers to choose from.
         if run.due(args.hellaswag_every):
             run.score_hellaswag()
-        # At the same time: read what it writes. No loss tells you that it only repeats itself.
+        # At the same time we read what it writes. No loss tells that it only repeats itself.
         if run.due(args.val_loss_every):
             run.sample()
         # And save, so that a crash costs little.
@@ -971,35 +979,34 @@ def train(run):
         loss_sum = torch.zeros((), device=run.device)
         for micro_step in range(run.grad_accum_steps):
             # Under DDP, backward() also averages gradients over processes. That is needed once a
-            # step, in the last micro-batch; until then each process adds up its own. (DDP's own
-            # no_sync() sets the same, but it is a block that would indent everything below.)
+            # step, in the last micro-batch; until then each process adds up its own.
             if world_size > 1:
                 is_last = micro_step == run.grad_accum_steps - 1
                 run.ddp_model.require_backward_grad_sync = is_last
-            # autocast runs matrix products in bf16; the weights, their gradients and the loss stay
-            # in fp32 (pick_autocast() has the whole table)
+            # autocast runs matrix products in bf16 (see the table in pick_autocast()). ddp_model is
+            # the model, compiled if that is wanted, and in DDP if there are several processes.
             with run.autocast():
                 loss = run.ddp_model(x, y)
             # backward() adds to p.grad, and what we want is the mean. With 16 micro-batches and
             # without this division, everything would be 16 times too large. The loss and the norm
-            # that are printed would show it, but training would hide it: both optimizers ignore the
-            # size of gradients, and clipping would cut every step instead of odd ones.
+            # that are printed would show it, but training would hide it: both optimizers ignore a
+            # size that all gradients share, and clipping would shorten the gradient of every step.
             loss = loss / run.grad_accum_steps
             # detach() takes the number, without the graph of operations that made it
             loss_sum += loss.detach()
             # Python runs ahead of a GPU, which works through a queue of kernels. So the next batch
-            # is made while the GPU is still at work on this one. (The last round makes the first
-            # micro-batch of the next step.)
+            # is made while the GPU is at work on this one. (The last round makes the next step's
+            # first.)
             x, y = run.micro_batch(step * run.grad_accum_steps + micro_step + 1)
             loss.backward()
             # a place to stop: the weights are still those of `step` whole steps
             run.check_signals()
 
         # Clip: if the gradients of all weights, taken as one long vector, are longer than 1, scale
-        # them to length 1. One odd batch (a page of digits, say) can have a gradient a hundred
-        # times as long as usual. It would fill the averages of both optimizers, and for ten or
-        # twenty steps the weights would move along this one batch, and away from what was learned.
-        # norm is the length before clipping.
+        # them to length 1. The optimizers ignore a size that all steps share, but one unusual
+        # batch (a page of digits, say) can have a gradient a hundred times as long as others. It
+        # would fill the averages of both optimizers, and for ten or twenty steps the weights would
+        # move along it, away from what was learned. norm is the length before clipping.
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
         lr = get_lr(step, args)
         for optimizer in run.optimizers:
@@ -1014,8 +1021,8 @@ def train(run):
         # .item() waits until the GPU has done all of this. Before it, the clock would only show how
         # long it takes to order the work. It waits once a step, and not in the loop above.
         train_loss = loss_sum.item() / world_size
-        # Each process has divided by world_size, so the sum is the mean loss. With it goes the
-        # number of signals: if one process was asked to stop, all learn it here.
+        # Each has divided by world_size, so the sum is the mean loss. With it go the
+        # signals (Ctrl-C and the like): if one process was asked to stop, all learn it here.
         run.train_loss, stop = all_sum([train_loss, len(run.signals)], run.device)
         seconds.append(time.time() - t0)
         norm = norm.item()
@@ -1057,7 +1064,7 @@ PRESETS = {
 PRESETS["tiny"].update(
     input_bin="", sequence_length=128, total_batch_size=2048, num_iterations=600, warmup_iters=20,
     val_loss_every=200, log_every=20, compile=False,
-)  # fmt: skip
+)
 # --arch gpt2: every switch as in 2019. (parse_args() sets n_kv_head, too.)
 GPT2 = dict(norm="layernorm", mlp="gelu", pos="learned", bias=True, qk_norm=False)
 # --recipe original: how this variant was first trained, at half the learning rate
@@ -1075,7 +1082,8 @@ KEPT = ["num_iterations", "learning_rate", "warmup_iters", "schedule", "weight_d
 KEPT += ["input_bin", "val_loss_every", "val_tokens", "hellaswag_every", "log_every", "prompt"]
 
 # How many operations a second a GPU can do in bf16, from its data sheet. MFU (model FLOPs
-# utilization) is the share of them that a run uses; 40 to 60 % is good.
+# utilization) is the share of them that a run uses; 40 to 60 % is good. The first name that occurs
+# in the card's counts.
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12}
 PEAK_FLOPS |= {"A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
 
@@ -1211,8 +1219,10 @@ def pick_autocast(dtype, device):
     """Returns the dtype's name and a function that opens autocast.
 
     dtype None means bf16 if the device is fast at it, else fp32. In a run in bf16 these are in
-        bf16, by autocast           linear layers and lm_head; on a GPU q k^T and the mean of values
-        bf16, as what they read     silu, gelu, adding to the residual stream; Muon's products
+        bf16, by autocast           linear layers and lm_head
+        bf16, as their input is     on a GPU q k^T and the mean of values; silu, gelu, adding to the
+                                    residual stream
+        bf16, cast by Muon          the products in orthogonalize()
         fp32 inside, then bf16      RMSNorm, LayerNorm, RoPE's rotation, the softmax of attention;
                                     all of attention on a CPU
         fp32                        the lookups in wte and wpe; the log-softmax of the loss, and the
@@ -1241,8 +1251,8 @@ def pick_batch_size(config, num_params, device, dtype, compiled, sequences):
         # HeadLoss, in fp32 and in bf16; and 2 GB for CUDA itself
         fixed = 16 * num_params + 6 * HEAD_ROWS * config.vocab_size + 2e9
         room = 0.9 * torch.cuda.get_device_properties(device).total_memory - fixed
-        # What a block keeps of a token for the backward pass, in bytes a channel, was counted in
-        # bf16. A compiled model keeps less, and computes some of it again.
+        # The bytes that a block keeps of each token and channel for the backward pass, as counted
+        # in bf16. A compiled model keeps less, and computes some of it again.
         per_channel = 45 if compiled else 65
         if dtype == "float32":
             per_channel *= 2
@@ -1505,7 +1515,7 @@ class Run:
         self.val_loss = evaluate(
             self.fast_model, self.model, self.val_data, self.num_val_sequences, self.batch_size,
             self.device, self.autocast, on_batch=self.check_signals,
-        )  # fmt: skip
+        )
         self.report(f"step {self.step:5d}/{self.args.num_iterations} | "
                     f"val loss {self.val_loss:.6f}", f"s:{self.step} tel:{self.val_loss:.6f}")
         # the untrained model is never the best
@@ -1542,8 +1552,9 @@ class Run:
     def save(self):
         """Writes last.pt, and best.pt if the validation loss is the lowest. Returns success.
 
-        This is all that a resumed run needs: there is no dropout, and which data comes next and
-        what samples look like follows from the seed and the step.
+        Weights, the optimizers' averages and the step are all that a resumed run needs: there is
+        no dropout, and which data comes next and what samples look like follows from the seed and
+        the step.
         """
         if ddp_rank > 0:
             return True
