@@ -1088,7 +1088,10 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e
 PEAK_FLOPS |= {"A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
 
 def make_parser():
-    """All flags. Where llm.c has a flag it has the same name here."""
+    """All flags. Where llm.c has a flag it has the same name here.
+
+    The defaults here are those of a run on FineWeb. PRESETS changes some of them for tiny.
+    """
     show_as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=show_as_written)
     # an error is one line; argparse would print a page of usage before it
@@ -1112,8 +1115,8 @@ def make_parser():
     add("--output_dir", type=Path, help="for main.log, last.pt, best.pt; default: log and the size")
     # a step
     add("--batch_size", type=int, default=0, help="sequences at a time; 0: as many as fit")
-    add("--sequence_length", type=int, default=1024, help="tokens in a sequence")
-    add("--total_batch_size", type=int, default=524288, help="tokens in a step")
+    add("--sequence_length", type=int, default=1024, help="tokens in a sequence [%(default)s]")
+    add("--total_batch_size", type=int, default=524288, help="tokens in a step [%(default)s]")
     add("--num_iterations", type=int, default=19073, help="steps; 19,073 x 524,288 = 10B tokens")
     add("--overfit_single_batch", action="store_true", help="learn one batch: a check of all")
     # the optimizer
@@ -1121,15 +1124,15 @@ def make_parser():
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the blocks' matrices")
     add("--learning_rate", type=float, help="its highest value; default: the model's")
     # what to see and keep
-    add("--val_loss_every", type=int, default=250, help="steps to validate, sample, save; 0: no")
-    add("--val_tokens", type=int, default=10485760, help="tokens in a validation, at most")
-    add("--hellaswag_every", type=int, default=0, help="steps to a HellaSwag score; 0: never")
+    add("--val_loss_every", type=int, default=250, help="to validate, sample, save [%(default)s]")
+    add("--val_tokens", type=int, default=10485760, help="tokens a validation takes [%(default)s]")
+    add("--hellaswag_every", type=int, default=0, help="steps to a HellaSwag score; 0: no")
     add("--resume", action="store_true", help="go on from last.pt in output_dir")
     # the machine
     add("--device", choices=["cuda", "mps", "cpu"], help="default: the first of these there is")
     add("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 if the device has it")
     add("--compile", action=on_off, help="torch.compile; default: on CUDA")
-    add("--seed", type=int, default=1337, help="for weights, data order, samples")
+    add("--seed", type=int, default=1337, help="for weights, data order, samples [%(default)s]")
     # instead of training
     add("--sample", metavar="CHECKPOINT", help="let a checkpoint, or gpt2 ... gpt2-xl, write")
     add("--prompt", help="what samples begin with")
