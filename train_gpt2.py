@@ -9,6 +9,7 @@ of a position is -log p(the id that really comes next), with the natural logarit
     5.5     it gave the same probability to all 257 ids of a vocabulary of bytes, which has one id
             more to mark where a text begins: ln 257 = 5.5
     10.8    it gave the same to all 50,257 ids of GPT-2's vocabulary: ln 50,257 = 10.8
+    3.3     where a trained GPT-2 ends: as unsure as among e^3.3 = 27 equally likely ids
 Training lowers the mean loss. Each step runs the model on some text, computes the gradient of the
 loss, and moves every weight a little. A run takes hundreds to tens of thousands of steps. Nobody
 has to label anything: the right answer at each position is the id that follows in the text.
@@ -164,9 +165,10 @@ def make_norm(config):
 #
 # None of this depends on where a key stands: attention sees a set of positions, and no order.
 # GPT-2 adds a learned vector to each position. Rotary positions (RoPE,
-# https://arxiv.org/abs/2104.09864) instead rotate queries and keys by an angle that grows with
-# time. The dot product of a query rotated by a and a key rotated by b depends on a - b alone. So
-# attention sees distances: "three tokens ago" looks the same everywhere in the text.
+# https://arxiv.org/abs/2104.09864) instead rotate queries and keys, pair of channels by pair, by
+# angles that grow with time. Apart from the query and the key themselves, the dot product of a
+# query rotated by a and a key rotated by b depends on a - b alone. So attention sees distances:
+# "three tokens ago" looks the same everywhere in the text.
 
 def rope_tables(T, D, base=10000.0):
     """cos and sin of every angle, each (T, D/2).
@@ -256,15 +258,16 @@ class CausalSelfAttention(nn.Module):
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
         if self.qk_norm:
-            # This bounds every score (but for the norms' gains), however large c_q and c_k grow.
-            # At a high learning rate a softmax would otherwise get stuck on one position
+            # QK-norm: after it every q and k has length sqrt(D) (times the gain), so that a score
+            # lies between -sqrt(D) and sqrt(D), however large c_q and c_k grow. At a high learning
+            # rate a softmax would otherwise get stuck on one position
             # (https://arxiv.org/abs/2302.05442).
             q = self.q_norm(q)
             k = self.k_norm(k)
         if rope is not None:
-            # Rotate before the transpose below, while dimension 1 is time; after it, the angle
-            # would depend on the head. Values are not rotated: the angle has to decide who is
-            # looked at, and not to change what is brought back.
+            # Rotate before the transpose below: apply_rope() expects time in dimension 1. Values
+            # are not rotated: the angle has to decide who is looked at, and not to change what is
+            # brought back.
             q = apply_rope(q, *rope)
             k = apply_rope(k, *rope)
         # (B, T, heads, D) -> (B, heads, T, D), the order that attention expects
@@ -442,10 +445,11 @@ class HeadLoss(torch.autograd.Function):
 
     Features x (N, C), the weight of lm_head (padded V, C), targets (N,) and the number of real ids
     -> a scalar, nats a token. Autograd would keep all logits until the backward pass. But the
-    derivative of -log softmax(z)[t] = log(sum(exp(z))) - z[t] by z is simple: it is softmax(z),
-    with 1 subtracted at t. So forward() computes a slice's logits, its loss and its gradients,
-    and then forgets the logits. An autograd.Function brings its own backward(), and ctx carries
-    what that needs from forward(): here it only has to scale the gradients.
+    derivative is simple. If z are the logits of one token and y is its target, the loss is
+    -log softmax(z)[y] = log(sum(exp(z))) - z[y], and its derivative with respect to z is
+    softmax(z), with 1 subtracted at y. So forward() computes a slice's logits, its loss and its
+    gradients, and then forgets the logits. An autograd.Function brings its own backward(), and ctx
+    carries what that needs from forward(): here it only has to scale the gradients.
     """
 
     @staticmethod
@@ -470,9 +474,9 @@ class HeadLoss(torch.autograd.Function):
             loss -= log_p_target.sum()
             if need_gradient:
                 # The gradient of the logits is p, the softmax, and p - 1 at the target. If p were
-                # rounded to bf16 first and 1 subtracted then, every p above 0.998 would give 0.
-                # Even in fp32, p - 1 loses the digits of a p that is almost 1. expm1(log p) is p
-                # - 1 without that loss.
+                # rounded to bf16 first and 1 subtracted then, every p above 0.998 would give 0. So
+                # subtract in fp32 and round after it. expm1(log p) is p - 1 in one operation, and
+                # loses no digits that log p has.
                 dlogits = log_p.exp().to(x.dtype)
                 dlogits.scatter_(1, target, log_p_target.expm1().to(x.dtype))
                 # logits = x W^T, so the gradient of x is dlogits W, and that of W is dlogits^T x
@@ -636,10 +640,10 @@ class TokenLoader:
 #     w -= lr * (m / (sqrt(v) + eps) + weight_decay * w)
 #
 # m smooths the direction over about 10 steps. Dividing by sqrt(v) makes the size of the gradients
-# irrelevant: where all recent gradients are alike, a step is about lr long, and in practice about
-# 0.2 lr, since most of them cancel in m. eps avoids a division by 0, and the first steps also
-# correct for m and v having started at 0. Weight decay pulls every weight a little towards 0:
-# what the data does not ask for fades.
+# irrelevant: where all recent gradients are alike, a step is about lr long. If they point to and
+# fro at random, m is sqrt(0.1 / 1.9) = 0.23 times as large as one of them, and a step about 0.2
+# lr. eps avoids a division by 0, and the first steps also correct for m and v having started at 0.
+# Weight decay pulls every weight a little towards 0: what the data does not ask for fades.
 #
 # Muon (https://kellerjordan.github.io/posts/muon) is the newer optimizer, for the matrices of the
 # blocks. Where Adam evens out the sizes of single numbers, Muon looks at the matrix as a whole, and
@@ -653,9 +657,10 @@ def orthogonalize(matrices):
     a few directions and neglects the rest. With all of them set to 1, every direction is learned at
     the same speed. Such a matrix is called orthogonal: its rows have length 1, at right angles.
 
-    An exact decomposition (SVD) would take far too long. But X X^T X has the rotations of X, and
-    every stretch s becomes s^3; in X X^T X X^T X it becomes s^5. So a weighted sum of the three,
-    made of matrix products only, does this to each stretch:
+    An exact decomposition (SVD) would take far too long. But write X = U S V, with rotations U and
+    V and the stretches S. A rotation times its transpose is 1, so X X^T X = U S V V^T S U^T U S V
+    = U S^3 V: the same rotations, and every stretch s becomes s^3. In X X^T X X^T X it becomes
+    s^5. So a weighted sum of the three, made of matrix products only, does this to each stretch:
         s -> a s + b s^3 + c s^5
     With the a, b and c below, doing this five times brings every s between 1/500 and 1 to between
     0.7 and 1.2. That is near enough to 1. Smaller ones stay smaller. (a, b and c were found by
@@ -951,7 +956,7 @@ def train(run):
     first_step = run.step
     first_step_done = None  # the time when the first step was done
     seconds = []  # how long each step took since the last line that was printed
-    # the first part of the first step's batch (see below)
+    # micro-batches (see below) are numbered through the whole run: this is first_step's first one
     x, y = run.micro_batch(first_step * run.grad_accum_steps)
     # One round more than there are steps: it only looks at the final weights.
     for step in range(first_step, args.num_iterations + 1):
@@ -1222,7 +1227,8 @@ def pick_autocast(dtype, device):
     """Returns the dtype's name and a function that opens autocast.
 
     dtype None means bf16 if the device is fast at it, else fp32. In a run in bf16 these are in
-        bf16, by autocast           linear layers and lm_head
+        bf16, by autocast           linear layers
+        bf16, cast by HeadLoss      lm_head, and the gradient of the logits
         bf16, as their input is     on a GPU q k^T and the mean of values; silu, gelu, adding to the
                                     residual stream
         bf16, cast by Muon          the products in orthogonalize()
