@@ -739,6 +739,23 @@ def test_best_and_last(small, monkeypatch):
     main([*RESUME, "--num_iterations=14"])
     assert load("log/best.pt")["step"] == best["step"]
 
+def test_each_state_is_saved_once(small, monkeypatch, capsys):
+    """At 25 GB a checkpoint, once more than needed takes minutes."""
+    saved = []
+    save_checkpoint = train_gpt2.save_checkpoint
+
+    def save(path, state):
+        saved.append((path.name, state["step"]))
+        return save_checkpoint(path, state)
+
+    monkeypatch.setattr(train_gpt2, "save_checkpoint", save)
+    main(small)
+    assert saved == [("best.pt", 3), ("last.pt", 3), ("best.pt", 6), ("last.pt", 6)]
+    # without a validation there is only the end, and no lowest loss to tell of
+    saved.clear()
+    main([*small, "--val_loss_every=0", "--output_dir=other"])
+    assert saved == [("last.pt", 6)] and "inf" not in capsys.readouterr().out.split("done in")[-1]
+
 def test_flipped_bits_are_noticed(small):
     """Whatever bit of a checkpoint is flipped, it is refused or it makes no difference."""
     main(small)

@@ -971,11 +971,11 @@ def train(run):
         # At the same time we read what it writes. No loss tells that it only repeats itself.
         if run.due(args.val_loss_every):
             run.sample()
-        # And save, so that a crash costs little.
-        if run.due(args.val_loss_every) and step > 0:
-            run.save()
         if step == args.num_iterations:
             break
+        # And save, so that a crash costs little. (train_command() saves the final state.)
+        if run.due(args.val_loss_every) and step > 0:
+            run.save()
 
         # Forward and backward. A step's batch, half a million tokens for d12, does not fit a GPU at
         # once. So it is cut into grad_accum_steps micro-batches, which run one after the other, and
@@ -1639,17 +1639,17 @@ def train_command(run):
             print0(f"stopped, {args.output_dir}/last.pt is written. To go on: {run.go_on}")
         # a program that a signal ended has the exit code 128 + the signal's number
         return 128 + (run.signals or [signal.SIGTERM])[0]
-    # once more, in case that --val_loss_every 0 has saved nothing
     if not run.save():
         sys.exit(f"error: the final weights are not saved: make room, then {run.go_on}")
     if run.device.type == "cuda":
         print0(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    best = args.output_dir / "best.pt"
-    if not best.exists():
-        best = args.output_dir / "last.pt"
-    print0(f"done in {time.time() - START:.0f} s. Newest state: {args.output_dir}/last.pt, "
-           f"lowest validation loss ({run.best_val_loss:.4f}): {best}\n"
-           f"Next:\n    python train_gpt2.py --sample {best}")
+    best = args.output_dir / "last.pt"
+    print0(f"done in {time.time() - START:.0f} s. Newest state: {best}")
+    # there is none if the run never validated
+    if (args.output_dir / "best.pt").exists():
+        best = args.output_dir / "best.pt"
+        print0(f"Lowest validation loss, {run.best_val_loss:.4f}: {best}")
+    print0(f"Next:\n    python train_gpt2.py --sample {best}")
     if run.tokenizer == "gpt2":
         print0(f"    python hellaswag.py -m {best}")
     else:
