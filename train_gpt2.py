@@ -166,9 +166,9 @@ def make_norm(config):
 # None of this depends on where a key stands: attention sees a set of positions, and no order.
 # GPT-2 adds a learned vector to each position. Rotary positions (RoPE,
 # https://arxiv.org/abs/2104.09864) instead rotate queries and keys, pair of channels by pair, by
-# angles that grow with time. Apart from the query and the key themselves, the dot product of a
-# query rotated by a and a key rotated by b depends on a - b alone. So attention sees distances:
-# "three tokens ago" looks the same everywhere in the text.
+# angles that grow with time. For a given query and key, rotated by a and by b, the dot product
+# depends on the difference a - b alone. So attention sees distances: "three tokens ago" looks the
+# same everywhere in the text.
 
 def rope_tables(T, D, base=10000.0):
     """cos and sin of every angle, each (T, D/2).
@@ -231,8 +231,9 @@ class CausalSelfAttention(nn.Module):
     Each head does this on its own, with a q, k and v of D numbers that it makes from all C
     channels. So one may look for the verb, and another for the matching bracket. In grouped-query
     attention (https://arxiv.org/abs/2305.13245) query heads 0 and 1 share key/value head 0, heads
-    2 and 3 share head 1, and so on. That saves weights. It also halves the memory of programs
-    that write text and keep all earlier keys and values for it (this file does not).
+    2 and 3 share head 1, and so on. That saves weights.
+    And a program that writes text usually keeps the keys and values of all earlier positions (this
+    file does not): they then take half the memory.
     """
 
     def __init__(self, config):
@@ -490,10 +491,11 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        # grad is the derivative of the final number by this loss. train() cuts a step's batch
-        # into grad_accum_steps pieces, and calls backward() on loss / grad_accum_steps for each,
-        # so grad is 1 / grad_accum_steps. dx and dw are the gradients of the sum of the losses.
-        # The loss is their mean over tokens, so divide by the number of tokens.
+        # grad is the derivative, with respect to this loss, of the number that backward() is called
+        # on. train() cuts a step's batch into grad_accum_steps pieces, and calls it on
+        # loss / grad_accum_steps for each, so grad is 1 / grad_accum_steps. dx and dw are the
+        # gradients of the sum of the losses. The loss is their mean over tokens, so divide by the
+        # number of tokens.
         scale = grad / ctx.num_tokens
         # one gradient for each input of forward(); the last two need none
         return dx * scale, dw * scale, None, None
@@ -641,9 +643,10 @@ class TokenLoader:
 #
 # m smooths the direction over about 10 steps. Dividing by sqrt(v) makes the size of the gradients
 # irrelevant: where all recent gradients are alike, a step is about lr long. If they point to and
-# fro at random, m is sqrt(0.1 / 1.9) = 0.23 times as large as one of them, and a step about 0.2
-# lr. eps avoids a division by 0, and the first steps also correct for m and v having started at 0.
-# Weight decay pulls every weight a little towards 0: what the data does not ask for fades.
+# fro at random, they mostly cancel in m, which is then sqrt((1 - 0.9) / (1 + 0.9)) = 0.23 times as
+# large as one of them (the standard deviation of such an average), and a step is about 0.2 lr
+# long. eps avoids a division by 0, and the first steps also correct for m and v having started at
+# 0. Weight decay pulls every weight a little towards 0: what the data does not ask for fades.
 #
 # Muon (https://kellerjordan.github.io/posts/muon) is the newer optimizer, for the matrices of the
 # blocks. Where Adam evens out the sizes of single numbers, Muon looks at the matrix as a whole, and
@@ -994,8 +997,8 @@ def train(run):
                 loss = run.ddp_model(x, y)
             # backward() adds to p.grad, and what we want is the mean. With 16 micro-batches and
             # without this division, everything would be 16 times too large. The loss and the norm
-            # that are printed would show it, but training would hide it: both optimizers ignore a
-            # size that all gradients share, and clipping would shorten the gradient of every step.
+            # that are printed would show it, but the model would learn and so hide it: optimizers
+            # ignore a size that all gradients share. The harm is that clipping cuts every step.
             loss = loss / run.grad_accum_steps
             # detach() takes the number, without the graph of operations that made it
             loss_sum += loss.detach()
