@@ -956,6 +956,11 @@ def test_pieces_of_characters(capsys, monkeypatch):
     assert capsys.readouterr().out == "déné→\N{REPLACEMENT CHARACTER}A\n"
     assert asked == [256, ord("d"), 0xC3, 0xA9]
 
+def test_a_prompt_that_is_no_text():
+    """A byte of a command line in another encoding becomes a question mark, as with GPT-2's."""
+    encode, _ = train_gpt2.load_tokenizer("bytes")
+    assert encode(os.fsdecode(b"caf\xe9")) == list(b"caf?")
+
 def test_gpt2_tokenizer():
     if "TIKTOKEN_CACHE_DIR" not in os.environ:
         pytest.skip("TIKTOKEN_CACHE_DIR is not set, and tests download nothing")

@@ -883,7 +883,9 @@ def load_tokenizer(name):
     name is "bytes" or "gpt2". In both the last id is <|endoftext|>, which stands before each text.
     """
     if name == "bytes":
-        return lambda text: list(text.encode()), lambda token: bytes([token])
+        # replace: bytes of a command line that are no text, which Python keeps as halves of
+        # characters, become question marks
+        return lambda text: list(text.encode("utf-8", "replace")), lambda token: bytes([token])
     import tiktoken  # here, because the default run does not need it
     try:
         bpe = tiktoken.get_encoding("gpt2")
