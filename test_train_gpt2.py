@@ -1022,6 +1022,7 @@ MISTAKES = """
 --input_bin=lonely_train_*.bin      -> lonely_val_*.bin, python fineweb.py
 --input_bin=sums_val_*.bin          -> sums_val_*.bin, _train_
 --sample=nowhere.pt                 -> nowhere.pt
+--sample=                           -> is no checkpoint
 --output_dir=a_file/log             -> a_file, --output_dir
 """
 

@@ -1676,7 +1676,8 @@ def main(argv):
         args, checkpoint = parse_args(argv)
         if args.export:
             return export(*args.export)
-        if args.sample:
+        # an empty name (of a shell's variable that is not set, say) is a mistake, and no training
+        if args.sample is not None:
             return sample_command(args)
         run = Run(args, argv, checkpoint)
         # its weights are in the model now: let go of the file
