@@ -1175,7 +1175,7 @@ def parse_args(argv):
     for name, value in vars(args).items():
         # 2**63: the largest number that PyTorch takes; nan fails here as well
         if isinstance(value, (int, float)) and not 0 <= value < 2**63:
-            sys.exit(f"error: --{name} {value}: give a number that is 0 or more")
+            sys.exit(f"error: --{name} {value}: give a number from 0 to 9e18")
     if not args.resume:
         return args, None
     # a resumed run goes on with the flags that it was begun with
