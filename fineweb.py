@@ -241,8 +241,11 @@ def find_files(names):
     """The files that the names of --input stand for, sorted; folders are searched."""
     files = set()
     for path in map(Path, names):
-        candidates = path.rglob("*") if path.is_dir() else [path]
-        found = [file for file in candidates if file.is_file() and file.name.endswith(SUFFIXES)]
+        try:
+            candidates = path.rglob("*") if path.is_dir() else [path]
+            found = [file for file in candidates if file.is_file() and file.name.endswith(SUFFIXES)]
+        except OSError as error:  # a folder that we may not look into, for example
+            sys.exit(f"error: --input: {error}: mend that, or leave it out")
         if not found:
             sys.exit(f"error: --input {path}: no file there that ends in {', '.join(SUFFIXES)}")
         files.update(found)

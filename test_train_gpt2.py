@@ -1493,6 +1493,7 @@ def test_bad_ways_to_call_fineweb(bpe, capsys, monkeypatch):
             (["--input", "a.txt"], "--out"), (["--val_share=1"], "--val_share"),
             (["--input", "a.txt", "--out=o", "--tokenize"], "--tokenize"),
             (["--shards=0"], "--shards"), (["-v=1T"], "1T"), (["--colour=red"], "--colour"),
+            (["--input", "a" * 5000, "--out=o"], "--input"),
             (["-t=edu", "-v=100B"], "--tokenize"),
             (["--input", "a.txt", "b.txt", "--out=p"], "too small")):
         fineweb_fails(argv, capsys, *messages)
