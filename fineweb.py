@@ -465,8 +465,9 @@ def main(argv):
     add("--out", type=Path, metavar="DIR", help="folder for shards (default: like fineweb10B)")
     parser.error = lambda message: sys.exit(f"error: {message}; see --help")
     args = parser.parse_args(argv)
-    if args.shards is not None and args.shards < 1:
-        parser.error("--shards must be at least 1")
+    # Someone may take it for a number of tokens; a list of so many names would fill the memory.
+    if args.shards is not None and not 1 <= args.shards <= 10_000:
+        parser.error("--shards must lie between 1 and 10,000, of 100M tokens each")
     if not 0 < args.val_share < 1:
         parser.error("--val_share must lie between 0 and 1")
     if args.input and (args.tokenize or not args.out):

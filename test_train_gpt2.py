@@ -1495,6 +1495,7 @@ def test_bad_ways_to_call_fineweb(bpe, capsys, monkeypatch):
             (["--shards=0"], "--shards"), (["-v=1T"], "1T"), (["--colour=red"], "--colour"),
             (["--input", "a" * 5000, "--out=o"], "--input"),
             (["-t=edu", "-v=100B"], "--tokenize"),
+            (["--input", "a.txt", "--out=o", "--shards=1000000000"], "--shards"),
             (["--input", "a.txt", "b.txt", "--out=p"], "too small")):
         fineweb_fails(argv, capsys, *messages)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
