@@ -814,11 +814,16 @@ def read_checkpoint(path):
         # weights_only: it holds data, and may come from anybody; never run code out of it.
         # mmap: a weight is read when it is used, so a process does not hold all of it twice.
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise ValueError("it holds no dictionary")
         weights = checkpoint["model"]
         if "transformer.h.0.attn.c_attn.weight" in weights:
             raise ValueError("an older train_gpt2.py wrote it: train it again")
-        if checkpoint["tokenizer"] not in fineweb.VOCAB_SIZE:
-            raise ValueError(f"unknown tokenizer {checkpoint['tokenizer']}")
+        vocab_size = fineweb.VOCAB_SIZE.get(checkpoint["tokenizer"])
+        if vocab_size is None or vocab_size != checkpoint["config"]["vocab_size"]:
+            raise ValueError(f"its model does not fit its tokenizer {checkpoint['tokenizer']}")
+        if not isinstance(checkpoint["step"], int) or not isinstance(checkpoint["val_loss"], float):
+            raise ValueError("its step or its val_loss is no number")
         # the meta device knows shapes and holds no numbers: would the weights fit the config?
         with torch.device("meta"):
             expected = GPT(GPTConfig(**checkpoint["config"])).state_dict()
