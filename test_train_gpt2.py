@@ -1052,6 +1052,24 @@ def test_a_loss_that_is_not_finite(small, capsys, monkeypatch):
     fails(small, capsys, "step 3 has loss nan", "log/last.pt")
     assert all(w.isfinite().all() for w in load("log/last.pt")["model"].values())
 
+def test_a_validation_loss_that_is_not_finite(small, capsys, monkeypatch):
+    """A step may spoil the weights with a gradient that is in order: they are not saved."""
+    real = train_gpt2.evaluate
+
+    def evaluate(*args, **how):
+        return math.nan if Path("log/last.pt").exists() else real(*args, **how)
+
+    monkeypatch.setattr(train_gpt2, "evaluate", evaluate)
+    fails(small, capsys, "after 6 steps", "loss is nan", "log/last.pt")
+    assert load("log/last.pt")["step"] == 3
+
+def test_a_model_without_numbers_writes_nothing(small, capsys):
+    main(small)
+    state = load("log/last.pt")
+    state["model"]["transformer.ln_f.weight"] *= math.nan
+    torch.save(state, "log/last.pt")
+    fails(["--sample=log/last.pt", "--device=cpu"], capsys, "take an earlier checkpoint")
+
 @pytest.mark.parametrize("error, message", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "--batch_size"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),

@@ -1537,6 +1537,10 @@ class Run:
         )
         self.report(f"step {self.step:5d}/{self.args.num_iterations} | "
                     f"val loss {self.val_loss:.6f}", f"s:{self.step} tel:{self.val_loss:.6f}")
+        if not math.isfinite(self.val_loss):
+            # before it is saved over the last good state
+            sys.exit(f"error: after {self.step} steps the validation loss is {self.val_loss}: go "
+                     f"on from {self.args.output_dir}/last.pt if there is one, with a lower rate")
         # the untrained model is never the best
         self.new_best = self.val_loss < self.best_val_loss and self.step > 0
         if self.new_best:
@@ -1699,6 +1703,8 @@ def main(argv):
         reason = str(e).split("\n")[0][:200]
         if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate" in reason:
             sys.exit("error: out of memory: give a smaller --batch_size or --sequence_length")
+        if "probability tensor contains" in reason:
+            sys.exit("error: the model's scores are no numbers (nan): take an earlier checkpoint")
         if type(e).__module__.startswith(("torch._inductor", "torch._dynamo", "triton")):
             sys.exit(f"error: torch.compile does not work here ({reason}): give --no-compile")
         if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
