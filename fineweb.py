@@ -499,6 +499,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    # A character of a folder's name that the terminal lacks is shown as a question mark.
+    sys.stdout.reconfigure(errors="replace")
     try:
         try:
             main(sys.argv[1:])

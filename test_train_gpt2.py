@@ -1584,6 +1584,13 @@ def test_pipes_and_ctrl_c_are_quiet(bpe):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and not err
 
+def test_fineweb_on_a_poor_terminal(bpe):
+    """A terminal that cannot show the folder's name is no reason to end in a traceback."""
+    Path("a.txt").write_text("word " * 20_000)
+    code, out, _ = run_fineweb("--input", "a.txt", "--out=a→b",
+                               env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
+    assert code == 0 and out.startswith("a?b: ")
+
 # -------------------------------------------------------------------------------------------------
 # fineweb.py: downloads, from a server that answers as the hub does
 
