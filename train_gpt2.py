@@ -1266,17 +1266,21 @@ def pick_batch_size(config, num_params, device, dtype, compiled, sequences):
     # on a CPU, enough tokens to keep it busy
     max_tokens = 4096
     if device.type == "cuda":
-        # 4 bytes each for a weight, its gradient and two averages; the logits of a slice in
-        # HeadLoss, in fp32 and in bf16; and 2 GB for CUDA itself
-        fixed = 16 * num_params + 6 * HEAD_ROWS * config.vocab_size + 2e9
-        room = 0.9 * torch.cuda.get_device_properties(device).total_memory - fixed
+        # 4 bytes each for a weight, its gradient and two averages; and 2 GB for CUDA itself
+        room = 0.9 * torch.cuda.get_device_properties(device).total_memory - 16 * num_params - 2e9
         # The bytes that a block keeps of each token and channel for the backward pass, as counted
         # in bf16. A compiled model keeps less, and computes some of it again.
         per_channel = 45 if compiled else 65
         if dtype == "float32":
             per_channel *= 2
+        kept = per_channel * config.n_layer * config.n_embd
+        # HeadLoss has a token's logits in fp32 and in bf16, of HEAD_ROWS tokens and no more
+        logits = 6 * config.vocab_size
+        max_tokens = room / (kept + logits)
+        if max_tokens > HEAD_ROWS:
+            max_tokens = (room - HEAD_ROWS * logits) / kept
         # 64 sequences of 1024 tokens keep any GPU of today busy
-        max_tokens = min(65536, room / (per_channel * config.n_layer * config.n_embd))
+        max_tokens = min(65536, max_tokens)
     fitting = max(1, max_tokens // config.block_size)
     return max(b for b in range(1, sequences + 1) if sequences % b == 0 and b <= fitting)
 
