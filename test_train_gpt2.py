@@ -23,6 +23,7 @@ import shlex
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -1156,7 +1157,8 @@ def test_micro_batches_fit_the_device(monkeypatch):
         assert sequences % size == 0
         return size
 
-    assert pick(80) == 64 and 1 <= pick(8) < pick(24) < 64
+    # 8 GB: no room for the logits of HEAD_ROWS tokens, but for those of a few sequences
+    assert pick(80) == 64 and pick(8) == 4 < pick(24) < 64
     assert pick(24, dtype="float32") < pick(24) and pick(40, compiled=False) < pick(40)
     assert pick(80, sequences=30) == 30 and pick(8, config=GPTConfig(n_layer=48, n_embd=1536)) == 1
     # on a CPU 4096 tokens
@@ -2371,25 +2373,67 @@ def test_commands_are_understood(monkeypatch):
     assert seen == set(scripts), "a script that no document shows"
 
 def test_tables_agree_with_logs():
-    """Ablations in both READMEs are what the logs say, and each log says what made it."""
-    tables = [ablation.table(LOGS, group) for group in ("tiny", "small")]
-    assert all(table.count("\n") > 5 and table in REPORT.read_text("utf-8") for table in tables)
-    trials = [trial.what for trial in ablation.TRIALS.values()]
-    lines = README.read_text("utf-8").splitlines()
-    rows = [line for line in lines if line.startswith("|") and line.split("|")[1].strip() in trials]
-    assert rows and all(any(row in table for table in tables) for row in rows)
+    """Ablations in the report are what the logs say, and each log says what made it."""
+    groups = sorted(path.name for path in LOGS.iterdir() if path.is_dir())
+    assert set(groups) <= set(ablation.GROUPS) and "tiny" in groups
+    for group in groups:
+        table = ablation.table(LOGS, group)
+        assert table.count("\n") > 2 and table in REPORT.read_text("utf-8"), group
     for log in LOGS.glob("*/*/main.log"):
         command, machine, first, *_ = log.read_text("utf-8").splitlines()
         assert command.startswith("# python ") and first.startswith("s:0 tel:"), log
-        assert re.fullmatch(r"# \d{4}-\d\d-\d\d, .*, torch \S+", machine), log
-        assert plot.Run(log.parent).tokens == {"tiny": 2048, "small": 8192}[log.parts[-3]], log
+        made = r"# \d{4}-\d\d-\d\d, .*, torch [^ ,]+(, [\d.]+ MFLOP a token)?"
+        assert re.fullmatch(made, machine), log
+        of_tiny = log.parts[-3].startswith(("tiny", "ideas", "width"))
+        assert plot.Run(log.parent).tokens == (2048 if of_tiny else 8192), log
+
+def known_figures():
+    """What may stand in bold: the cells of all tables, milliseconds and rates of the benchmarks."""
+    known = set()
+    for group in (path.name for path in LOGS.iterdir() if path.is_dir()):
+        for cell in re.split(r" ?[|\n] ?", ablation.table(LOGS, group)):
+            known.add(cell.split(",")[0].replace("%", " %"))
+        # single runs, and how far those of the default lie apart
+        ends = [curve[-1][1] for curve in ablation.curves(LOGS, group, "today").values()]
+        known |= {f"{loss:.3f}" for loss in ends}
+        if len(ends) > 1:
+            known.add(f"{statistics.stdev(ends):.3f}")
+    for log in LOGS.glob("bench*.txt"):
+        for table in log.read_text("utf-8").split("\n\n"):
+            rows = re.findall(r"^\|.* \| ([\d.]+) \| ([\d,]+) \| [\d.]+ \|", table, re.M)
+            for ms, rate in rows:
+                known |= {ms, f"{float(ms):,.0f} ms", rate}
+                # how much faster than another of the same table
+                known |= {f"{float(other) / float(ms):.2f}" for other, _ in rows}
+    return known
+
+def bold_figures(text):
+    return [bold for bold in re.findall(r"\*\*([^*\n]+)\*\*", text) if re.search(r"\d", bold)]
+
+def test_figures_agree_with_logs():
+    """Every figure in bold is in the logs, and the README shows what the default run printed."""
+    known = known_figures()
+    bold = bold_figures(REPORT.read_text("utf-8"))
+    assert len(bold) > 30 and [figure for figure in bold if figure not in known] == []
+    readme = README.read_text("utf-8")
+    printed = (LOGS / "default_run.txt").read_text("utf-8")
+    shown = re.findall(r"^    ((?:model|device|step|done|def) .*)$", readme, re.M)
+    assert len(shown) > 5
+    assert [line for line in shown if line.removesuffix(" ...") not in printed] == []
+    # and the figures that decide, in the list under the heading
+    measured = readme.split("## What was measured")[1]
+    bold = bold_figures(measured)
+    known |= set(re.findall(r"done in (\d+ s)", printed))
+    known |= {f"{float(loss):.3f}" for loss in re.findall(r"val loss (\S+)", printed)}
+    assert len(bold) > 4 and [figure for figure in bold if figure not in known] == []
 
 def test_ablation_makes_and_keeps_a_run(monkeypatch, small, capsys):
     """It trains, also under a patch, keeps the log, and does not train again what is there."""
     *flags, input_bin = small
-    group = ablation.Group(2, (1, 2), 4e-3, 2e-3, 4, "warmup_8", " ".join(flags))
+    runs = ["today", "rope_by_head"]
+    group = ablation.Group(2, (1, 2), runs, " ".join(flags), warmup="warmup_8")
     monkeypatch.setitem(ablation.GROUPS, "tiny", group)
-    command = "tiny --runs today rope_by_head --seeds 1 --jobs 1 --logs logs --data".split()
+    command = "tiny --seeds 1 --jobs 1 --logs logs --data".split()
     command.append(input_bin.removeprefix("--input_bin="))
     ablation.main(command)
     logs = {path.parent.name: path.read_text("utf-8") for path in Path("logs").rglob("main.log")}
@@ -2398,7 +2442,15 @@ def test_ablation_makes_and_keeps_a_run(monkeypatch, small, capsys):
     assert logs["rope_by_head.1"].startswith(f"{heading},rope_by_head --model=d12")
     losses = [re.findall(r"s:\d tel:(\S+)", text) for text in logs.values()]
     assert len(losses) == len(losses[0]) == 2 and losses[0] != losses[1]
-    assert "| RoPE turned by head instead of by time | 2 |" in capsys.readouterr().out
+    assert all(re.search(r"^# .*, torch \S+, [\d.]+ MFLOP a token$", text, re.M)
+               for text in logs.values())
+    out = capsys.readouterr().out
+    assert "| RoPE turned by head instead of by time | 2 |" in out and "GPT-2's end" not in out
+    # a log of another length is not taken for this run's
+    steps = ablation.GROUPS["tiny"].steps
+    fails([*command, "--steps=20"], capsys, "2 steps, not 20", "--logs", main=ablation.main)
+    assert "--num_iterations=7" in ablation.arguments("tiny", "today_35", 1, None)
+    ablation.GROUPS["tiny"].steps = steps
     # other curves in their place: the table is of these, and no run is made again
     for name, curve in ("today", (10, 6, 4)), ("gpt2", (10, 9, 8)), ("adamw", (10, 9, 8.5)):
         Path(f"logs/tiny/{name}.1").mkdir(exist_ok=True)
@@ -2407,13 +2459,27 @@ def test_ablation_makes_and_keeps_a_run(monkeypatch, small, capsys):
     ablation.main(command)
     out = capsys.readouterr().out
     assert "| the default | 2 | 4.000 |  | 25% | 1 |" in out  # half a step of two, from 10 to 8
-    assert "| AdamW instead of Muon | 2 | 8.500 | +4.500 | - | 1 |" in out
-    assert "(AdamW) | 2 | 8.000 | +4.000 | 100% | 1 |" in out
+    noise = "one seed, not told apart from noise"
+    assert f"| AdamW instead of Muon | 2 | 8.500 | +4.500, {noise} | - | 1 |" in out
+    assert f"(AdamW) | 2 | 8.000 | +4.000, {noise} | 100% | 1 |" in out
+
+def test_an_effect_has_to_stand_out():
+    """Three seeds or more, and two standard errors or more: else a table calls it noise."""
+    assert ablation.difference_in_words([0.1, 0.11, 0.12]) == "+0.110 ± 0.006"
+    for differences in [0.1], [0.1, 0.1], [-0.1, 0.11, 0.12]:
+        assert ablation.difference_in_words(differences).endswith(", not told apart from noise")
 
 def test_patches_do_what_they_say(monkeypatch):
     for owner, name in (GPT, "__init__"), (GPT, "features"), (train_gpt2, "apply_rope"):
         monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.setattr(train_gpt2, "parse_args", train_gpt2.parse_args)
+    monkeypatch.setattr(train_gpt2, "rope_tables", train_gpt2.rope_tables)
+    wanted = {name for trial in ablation.TRIALS.values() for name in trial.patch.split(",")}
+    assert wanted - {""} <= set(ablation.PATCHES)
+    turns = [train_gpt2.rope_tables(2, 4)[0][1, 1]]
+    ablation.PATCHES["rope_1024"]()
+    turns.append(train_gpt2.rope_tables(2, 4)[0][1, 1])
+    assert [math.acos(turn) for turn in turns] == pytest.approx([1 / 100, 1 / 32], rel=1e-3)
     for name in "cosine", "bias", "warmup_8":
         ablation.PATCHES[name]()
     args, _ = train_gpt2.parse_args(["--model=d12"])
@@ -2432,6 +2498,60 @@ def test_patches_do_what_they_say(monkeypatch):
     rotated = train_gpt2.apply_rope(q, *train_gpt2.rope_tables(5, 8))
     assert torch.equal(rotated[:, 0], rotated[:, 4])
     assert not torch.equal(rotated[:, :, 1], q[:, :, 1])
+
+def test_patched_optimizers_do_what_they_say(monkeypatch):
+    """One group's rate, Muon's momentum, and decay only where a step goes towards 0 anyway."""
+    args = types.SimpleNamespace(optimizer="muon", learning_rate=0.1, weight_decay=0.5)
+    make = train_gpt2.make_optimizers
+    model = tiny_model()
+    table = model.transformer.wte.weight
+    matrix = model.transformer.h[0].attn.c_q.weight
+
+    def step(*patches, sign=1.0):
+        """Every weight is 1 and every gradient `sign`, and then one step is made."""
+        monkeypatch.setattr(train_gpt2, "make_optimizers", make)
+        for patch in patches:
+            ablation.PATCHES[patch]()
+        optimizers = train_gpt2.make_optimizers(model, args, "float32")
+        for p in model.parameters():
+            p.data.fill_(1)
+            p.grad = torch.full_like(p, sign)
+        for optimizer in optimizers:
+            optimizer.step()
+        groups = ablation.optimizer_groups(optimizers)
+        return {name: group for name, (_, group) in groups.items()}
+
+    for name in "table_half", "table_twice", "gains_4", "matrices_half", "matrices_twice":
+        group, factor = name.split("_")
+        rates = {key: value["lr"] / 0.1 for key, value in step(name).items()}
+        wanted = {"half": 0.5, "twice": 2, "4": 4}[factor]
+        assert rates == pytest.approx({"table": 1, "gains": 1, "matrices": 1} | {group: wanted})
+    assert [step(*name)["matrices"]["momentum"] for name in ([], ["warm_momentum"])] == [0.95, 0.85]
+    assert [step(*name)["table"]["betas"][0] for name in ([], ["beta_08"])] == [0.9, 0.8]
+    for sign, decayed in (1.0, True), (-1.0, False):
+        step(sign=sign)
+        plain = [p.detach().clone() for p in (table, matrix)]
+        step("cautious_decay", sign=sign)
+        given_back = [after - before for before, after in zip(plain, (table, matrix), strict=True)]
+        wanted = 0.0 if decayed else 0.1 * 0.5  # rate times decay times a weight of 1
+        for change in given_back:
+            torch.testing.assert_close(change, torch.full_like(change, wanted))
+
+def test_averaged_weights_are_only_looked_at(small, monkeypatch):
+    """Validation sees the average; training goes on as if nothing were."""
+    logs = []
+    for folder in "plain", "averaged":
+        with monkeypatch.context() as undo:
+            if folder == "averaged":
+                for owner, name in (train_gpt2, "train"), (train_gpt2.Run, "validate"):
+                    undo.setattr(owner, name, getattr(owner, name))
+                ablation.PATCHES["average"]()
+            main([*small, "--val_loss_every=4", f"--output_dir={folder}"])
+        logs.append(Path(folder, "main.log").read_text("utf-8"))
+    without_ms = [re.findall(r"trl:(\S+) lr:(\S+) norm:(\S+)", log) for log in logs]
+    assert without_ms[0] == without_ms[1] and len(without_ms[0]) > 4
+    plain, averaged = (re.findall(r"s:(\d+) tel:(\S+)", log) for log in logs)
+    assert plain[0] == averaged[0] and plain[-1] != averaged[-1]
 
 def test_one_step_is_the_runs_first(small, capsys):
     """What one_step.py shows is what a run does: the loss, the rate and the gradient's norm."""
@@ -2478,7 +2598,41 @@ def test_bench_measures_ours_and_a_peer(capsys):
     assert float(rows[0][3]) == 1
     # four steps (the first, one to warm up, two that count) of two micro-batches, of bytes as ours
     assert sys.modules["peer"].GPT.calls == [((2, 128), (257, 32), False)] * 8
-    fails(["tiny --peer nowhere.py"], capsys, "--peer nowhere.py", "clone", main=bench.main)
+    for spec, *words in (
+        ("tiny --arch gpt2 --peer nowhere.py", "--peer nowhere.py", "clone"),
+        ("tiny --peer peer.py", "add --arch gpt2"),
+        ("tiny --batch_size 3", "16 sequences", "no multiple of 3"),
+        ("tiny --batch_size 32", "16 sequences", "no multiple of 32"),
+    ):
+        fails([spec], capsys, *words, main=bench.main)
+
+def test_plot_cuts_off_only_the_beginning():
+    """All losses after the first twentieth of a run are inside the picture, infinite ones aside."""
+    Path("run").mkdir()
+    lines = ["s:0 tel:11", "s:99 tel:3"]
+    lines += ["s:2 trl:10", "s:5 trl:7.5", "s:50 trl:inf", "s:98 trl:2.5"]
+    Path("run/main.log").write_text("\n".join(lines))
+    limits = []
+    nothing = types.SimpleNamespace()
+    ax = types.SimpleNamespace(set_ylim=lambda *values: limits.append(values))
+    ax.plot = ax.set_xlabel = ax.set_ylabel = lambda *args, **kwargs: nothing
+    plot.losses(ax, [plot.Run("run")], "tokens")
+    (lowest, highest), = limits
+    assert 2 < lowest < 2.5 and 7.5 < highest < 8
+
+def test_plot_counts_operations():
+    """Of a run by ablation.py from its heading, of a user's from its last.pt, else not at all."""
+    Path("theirs").mkdir()
+    Path("theirs/main.log").write_text("s:0 tel:11\n")
+    assert plot.Run("theirs").flops is None
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=257)
+    state = {"config": dataclasses.asdict(config), "args": {"total_batch_size": 64}}
+    torch.save(state, "theirs/last.pt")
+    run = plot.Run("theirs")
+    assert run.tokens == 64 and run.flops == GPT(config).flops_per_token(16)
+    heading = "# python ablation.py --seed=1\n# 2026-01-01, torch 2, 1,234.5 MFLOP a token"
+    Path("theirs/main.log").write_text(f"{heading}\ns:0 tel:11\n")
+    assert plot.Run("theirs").flops == 1234.5e6
 
 def test_plot_draws_our_logs_and_llmcs(capsys, monkeypatch):
     """One picture with the tokens, losses and scores of a run of ours and of one of llm.c's."""
@@ -2498,6 +2652,13 @@ def test_plot_draws_our_logs_and_llmcs(capsys, monkeypatch):
     assert run.seconds([0, 1, 2]) == pytest.approx([0, ms[0] / 1000, (ms[0] + ms[1]) / 1000])
     for out in "both.svg", "again.svg":
         plot.main([str(ours), "llmc", "--out", out])
+    # one run and two do not write the same file
+    shutil.copytree("llmc", "other/llmc")
+    plot.main(["llmc/"])
+    plot.main(["llmc", "other/llmc"])
+    assert {path.name for path in Path().glob("*.svg")} == {
+        "both.svg", "again.svg", "llmc.svg", "llmc_other_llmc.svg"
+    }
     svg = Path("both.svg").read_text("utf-8")
     for text in ("today.1", "llmc", "million tokens", "seconds of training", "learning rate",
                  "gradient norm", "HellaSwag", "GPT-3 124M"):

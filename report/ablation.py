@@ -3,9 +3,12 @@ What does each part bring? Trains many small models that differ in one thing, ke
 prints the tables of report/README.md.
 
     python report/ablation.py tiny              # 0.8M weights, the standard library as bytes
-    python report/ablation.py small --data 'web/text_train_*.bin'    # 7.6M, GPT-2's tokens
+    python report/ablation.py medium --data 'web/text_train_*.bin'    # 17.6M, GPT-2's tokens
+    python report/ablation.py medium --data 'web/text_train_*.bin' --steps 1220 --logs LONGER
     python report/ablation.py d12 --jobs 1      # 124M on FineWeb: for a GPU
     python report/ablation.py tiny --table      # the tables again, out of the logs
+
+A group of runs shares a size: see GROUPS. What its runs differ in is in TRIALS.
 
 Each run is train_gpt2.py in a process of its own, with the flags and patches below. --jobs of them
 are made at a time, and on a CPU they share the cores. A run whose log is there is not made again.
@@ -39,14 +42,15 @@ import train_gpt2  # noqa: E402
 # -------------------------------------------------------------------------------------------------
 # 1. What train_gpt2.py has no flag for
 
-# It was tried and left out, or it is wrong, or only an experiment needs it. Each patch is a
-# function that changes the module train_gpt2 before it trains.
+# Experiments need what has no flag there: ideas that were tried and left out, a known mistake, a
+# setting. Each patch is a function that changes the module train_gpt2 before it trains.
 
 def set_args(**values):
     """From now on parse_args() returns these values, whatever preset and recipe say."""
     parse_args = train_gpt2.parse_args
 
     def changed(argv):
+        # checkpoint: what to resume from; these runs begin anew, and have None
         args, checkpoint = parse_args(argv)
         vars(args).update(values)
         return args, checkpoint
@@ -66,6 +70,7 @@ def after_init(module_class, change):
 def only_losses():
     """Neither samples nor checkpoints: of these runs only the log is kept."""
     train_gpt2.Run.sample = lambda run: None
+    # True stands for "saved"; without it train_gpt2.py would end with an error
     train_gpt2.Run.save = lambda run: True
 
 def zero_projections():
@@ -79,7 +84,7 @@ def zero_projections():
     after_init(train_gpt2.GPT, change)
 
 def untied_head():
-    """The head has a matrix of its own, which starts at zero: more parameters by one table."""
+    """The head has a matrix of its own, which starts at zero. (The log's MFLOP count it twice.)"""
 
     def change(model, config):
         table = model.transformer.wte.weight
@@ -90,6 +95,7 @@ def untied_head():
 def fp32_residual():
     """The residual stream stays in fp32 under autocast. (Only for models with RoPE.)"""
 
+    # GPT.features() without the line that casts x to bf16
     def features(model, idx):
         T = idx.size(1)
         x = model.transformer.wte(idx)
@@ -113,8 +119,157 @@ def rope_by_head():
 
     train_gpt2.apply_rope = by_head
 
+def optimizer_groups(optimizers):
+    """{name: (optimizer, group)}: which optimizer has which parameters, and their settings.
+
+    With Muon "table" is the embedding alone; with AdamW alone all matrices are in it, too. "gains"
+    are all vectors.
+    """
+    adamw = optimizers[0]
+    groups = {"table": (adamw, adamw.param_groups[0]), "gains": (adamw, adamw.param_groups[1])}
+    if len(optimizers) > 1:
+        muon = optimizers[1]
+        groups["matrices"] = (muon, muon.param_groups[0])
+    return groups
+
+def after_make_optimizers(change):
+    """From now on change(optimizers, args) is called on whatever make_optimizers() returns."""
+    make_optimizers = train_gpt2.make_optimizers
+
+    def changed(model, args, dtype):
+        optimizers = make_optimizers(model, args, dtype)
+        change(optimizers, args)
+        return optimizers
+
+    train_gpt2.make_optimizers = changed
+
+def before_step(optimizer, change):
+    """From now on change() is called before each of the optimizer's steps."""
+    optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: change())
+
+def scale_rate(name, factor):
+    """One group's learning rate is `factor` times that of the others."""
+
+    def change(optimizers, args):
+        optimizer, group = optimizer_groups(optimizers)[name]
+        # train() sets lr anew before each step, so the factors do not pile up
+        before_step(optimizer, lambda: group.update(lr=group["lr"] * factor))
+
+    after_make_optimizers(change)
+
+def warm_up_momentum(steps):
+    """Muon's momentum grows from 0.85 to 0.95 in the first steps."""
+
+    def change(optimizers, args):
+        muon, group = optimizer_groups(optimizers)["matrices"]
+        step = 0
+
+        def grow():
+            nonlocal step
+            group["momentum"] = 0.85 + 0.1 * min(1, step / steps)
+            step += 1
+
+        before_step(muon, grow)
+
+    after_make_optimizers(change)
+
+def cautious_decay():
+    """Weight decay only where it pulls in the direction in which the step goes anyway.
+
+    (https://arxiv.org/abs/2510.12402.) The optimizers have applied all of it when their step is
+    done: what was too much is given back.
+    """
+
+    def change(optimizers, args):
+        for optimizer in optimizers:
+            before = {}
+
+            # before=before: each hook keeps its own optimizer's dictionary, not the loop's last one
+            def remember(optimizer, args, kwargs, before=before):
+                for group in optimizer.param_groups:
+                    for p in group["params"]:
+                        before[p] = p.detach().clone()
+
+            @torch.no_grad()
+            def give_back(optimizer, args, kwargs, before=before):
+                for group in optimizer.param_groups:
+                    for p in group["params"]:
+                        decay = group["lr"] * group["weight_decay"] * before[p]
+                        # the optimizer has just done p = before - decay - update
+                        update = before[p] - decay - p
+                        # Of one sign, both pull towards 0, and decay stays. Else p gets it back.
+                        against = update * before[p] < 0
+                        p.add_(torch.where(against, decay, 0.0))
+
+            optimizer.register_step_pre_hook(remember)
+            optimizer.register_step_post_hook(give_back)
+
+    after_make_optimizers(change)
+
+def average_weights(decay):
+    """Validation sees a running average of the weights: `decay` of the old one at each step."""
+    train = train_gpt2.train
+    validate = train_gpt2.Run.validate
+
+    def averaging(run):
+        model = run.model
+        average = [p.detach().clone() for p in model.parameters()]
+
+        @torch.no_grad()
+        def update_average(optimizer, args, kwargs):
+            # in the first steps a shorter memory, or it would hold on to where training began
+            weight_of_old = min(decay, run.step / (run.step + 10))
+            for mean, p in zip(average, model.parameters(), strict=True):
+                mean.lerp_(p, 1 - weight_of_old)
+
+        @torch.no_grad()
+        def swap():
+            """The model gets the average, and `average` the trained weights, or back again."""
+            for mean, p in zip(average, model.parameters(), strict=True):
+                trained = p.clone()
+                p.copy_(mean)
+                mean.copy_(trained)
+
+        def validate_average(run):
+            swap()
+            validate(run)
+            swap()
+
+        # the last optimizer: after its step all weights are new
+        run.optimizers[-1].register_step_post_hook(update_average)
+        # replaced here and not above, because swap() needs this run's average
+        train_gpt2.Run.validate = validate_average
+        train(run)
+
+    train_gpt2.train = averaging
+
+def low_beta():
+    """AdamW's average of the gradients forgets sooner: beta1 is 0.8 instead of 0.9."""
+
+    def change(optimizers, args):
+        for group in optimizers[0].param_groups:
+            group["betas"] = (0.8, 0.95)
+
+    after_make_optimizers(change)
+
+def rope_base(base):
+    """Another base for the angles of rotary positions."""
+    rope_tables = train_gpt2.rope_tables
+    train_gpt2.rope_tables = functools.partial(rope_tables, base=base)
+
 PATCHES = {
     "only_losses": only_losses,
+    "table_half": functools.partial(scale_rate, "table", 0.5),
+    "table_twice": functools.partial(scale_rate, "table", 2),
+    "gains_4": functools.partial(scale_rate, "gains", 4),
+    "matrices_half": functools.partial(scale_rate, "matrices", 0.5),
+    "matrices_twice": functools.partial(scale_rate, "matrices", 2),
+    "warm_momentum": functools.partial(warm_up_momentum, 60),
+    "cautious_decay": cautious_decay,
+    "average": functools.partial(average_weights, 0.95),
+    "rope_1024": functools.partial(rope_base, 1024.0),
+    "beta_08": low_beta,
+    "no_decay": functools.partial(set_args, weight_decay=0.0),
     "zero_projections": zero_projections,
     "untied_head": untied_head,
     "fp32_residual": fp32_residual,
@@ -130,43 +285,21 @@ PATCHES = {
 # 2. What is run
 
 @dataclass
-class Group:
-    """What all runs of one size share."""
-
-    steps: int
-    seeds: tuple
-    muon: float  # the peak rate of runs with Muon
-    adamw: float  # and of those with AdamW alone
-    n_head: int
-    warmup: str  # the patch that sets it: the same for both recipes
-    flags: str
-
-GROUPS = {
-    "tiny": Group(600, (1, 2, 3), 4e-3, 2e-3, 4, "warmup_20", "--model tiny --val_loss_every 50"),
-    "small": Group(
-        200, (1,), 4e-3, 1.2e-3, 4, "warmup_8",
-        "--model d12 --n_layer 6 --n_head 4 --n_embd 128 --sequence_length 256 --batch_size 16 "
-        "--total_batch_size 8192 --val_loss_every 20 --val_tokens 65536",
-    ),
-    "d12": Group(
-        2000, (1, 2), 2.4e-3, 1.2e-3, 12, "warmup_100", "--model d12 --val_loss_every 125"
-    ),
-}  # fmt: skip
-
-@dataclass
 class Trial:
     """One row of a table."""
 
     what: str
-    flags: str | None = ""  # None: only the first version of train_gpt2.py could do it
-    patch: str = ""
+    flags: str | None = ""  # None: train_gpt2.py can no longer do it, and its old log is shown
+    patch: str = ""  # of PATCHES, several with commas in between
     rate: float = 1.0  # times the group's rate for the optimizer
     share: float = 1.0  # of the group's steps
 
 ORIGINAL = "--recipe original"
 GPT2 = "--arch gpt2"
-# The name is the log's folder. "homework" was the first version's word for the original recipe.
-TRIALS = {
+# A name is its log's folder. "homework" was the first version's word for the original recipe, and
+# {n_head} in a flag stands for the group's number of heads. What the recipes and architectures come
+# to, and what each part of them brings:
+PARTS = {
     "today": Trial("the default"),
     "adamw": Trial("AdamW instead of Muon", "--optimizer adamw"),
     "no_qk_norm": Trial("without QK-norm", "--no-qk_norm"),
@@ -187,12 +320,107 @@ TRIALS = {
     "untied_head": Trial("a head of its own, which starts at zero", patch="untied_head"),
     "fp32_residual": Trial("the residual stream in fp32", patch="fp32_residual"),
     "rope_by_head": Trial("RoPE turned by head instead of by time", patch="rope_by_head"),
+}
+RATES = {
     "today_half": Trial("the default, half its rate", rate=0.5),
     "today_twice": Trial("the default, twice its rate", rate=2),
     "adamw_half": Trial("the variant, the original recipe, half its rate", ORIGINAL, rate=0.5),
     "adamw_twice": Trial("the variant, the original recipe, twice its rate", ORIGINAL, rate=2),
     "gpt2_half": Trial("GPT-2, the original recipe, half its rate", f"{GPT2} {ORIGINAL}", rate=0.5),
     "gpt2_twice": Trial("GPT-2, the original recipe, twice its rate", f"{GPT2} {ORIGINAL}", rate=2),
+}
+# One of the two optimizers' rates alone
+RATES_APART = {
+    "matrices_half": Trial("half Muon's rate", patch="matrices_half"),
+    "matrices_twice": Trial("twice Muon's rate", patch="matrices_twice"),
+    "table_half": Trial("half the embedding's rate", patch="table_half"),
+    "table_twice": Trial("twice the embedding's rate", patch="table_twice"),
+}
+# the five with the lowest losses with the first seed
+HELPED = "warm_momentum,no_decay,beta_08,gains_4,table_twice"
+IDEAS = {
+    "warm_momentum": Trial("Muon's momentum warmed up, 0.85 to 0.95", patch="warm_momentum"),
+    "cautious_decay": Trial("cautious weight decay", patch="cautious_decay"),
+    "no_decay": Trial("no weight decay", patch="no_decay"),
+    "average": Trial("an average of the last weights", patch="average"),
+    "gains_4": Trial("four times the gains' rate", patch="gains_4"),
+    "rope_1024": Trial("RoPE's base 1,024 instead of 10,000", patch="rope_1024"),
+    "beta_08": Trial("AdamW's first beta 0.8 instead of 0.9", patch="beta_08"),
+    "together": Trial("the five that helped most, together", patch=HELPED),
+}
+TRIALS = PARTS | RATES | RATES_APART | IDEAS
+
+@dataclass
+class Group:
+    """What all runs of one size share."""
+
+    steps: int
+    seeds: tuple
+    runs: list  # names of trials
+    flags: str
+    muon: float = 4e-3  # the peak rate of runs with Muon
+    adamw: float = 2e-3  # and of those with AdamW alone
+    n_head: int = 4  # of models whose trials name it
+    warmup: str = "warmup_20"  # the patch that sets it: the same for both recipes
+
+MAIN_RUNS = ["today", "homework", "gpt2", "homework_75", "today_35"]
+TINY = "--model tiny --val_loss_every 50"
+# d12 shrunk to 7.6M weights
+SMALL = (
+    "--model d12 --n_layer 6 --n_head 4 --n_embd 128 --sequence_length 256 --batch_size 16 "
+    "--total_batch_size 8192 --val_loss_every 20 --val_tokens 65536"
+)
+# and to 17.6M, 12.9M of them in the table
+MEDIUM = (
+    "--model d12 --n_layer 6 --n_head 4 --n_embd 256 --sequence_length 512 --batch_size 8 "
+    "--total_batch_size 8192 --val_loss_every 40 --val_tokens 65536 --compile"
+)
+GROUPS = {
+    "tiny": Group(
+        steps=600, seeds=(1, 2, 3),
+        runs=[*PARTS, *RATES],
+        flags=TINY,
+    ),
+    "ideas": Group(
+        steps=600, seeds=(1, 2, 3, 4, 5),
+        runs=["today", *IDEAS, "table_twice"],
+        flags=TINY,
+    ),
+    "width_128": Group(
+        steps=300, seeds=(1,),
+        runs=["today", *RATES_APART],
+        flags=TINY,
+    ),
+    "width_256": Group(
+        steps=300, seeds=(1,),
+        runs=["today", *RATES_APART],
+        flags=f"{TINY} --n_embd 256 --n_head 8",
+    ),
+    "width_512": Group(
+        steps=300, seeds=(1,),
+        runs=["today", *RATES_APART],
+        flags=f"{TINY} --n_embd 512 --n_head 16",
+    ),
+    "small": Group(
+        steps=200, seeds=(1,), adamw=1.2e-3, warmup="warmup_8",
+        runs=[*MAIN_RUNS, "gpt2_half", "gpt2_twice"],
+        flags=SMALL,
+    ),
+    "medium_rates": Group(
+        steps=122, seeds=(1,), adamw=2.4e-3,
+        runs=["today", "homework", "gpt2", *RATES],
+        flags=MEDIUM,
+    ),
+    "medium": Group(
+        steps=366, seeds=(1,), adamw=2.4e-3,
+        runs=MAIN_RUNS,
+        flags=MEDIUM,
+    ),
+    "d12": Group(
+        steps=2000, seeds=(1, 2), muon=2.4e-3, adamw=1.2e-3, n_head=12, warmup="warmup_100",
+        runs=MAIN_RUNS,
+        flags="--model d12 --val_loss_every 125",
+    ),
 }
 
 def arguments(group, name, seed, data):
@@ -226,9 +454,14 @@ def machine():
 def make(logs, group, name, seed, data, threads):
     """One run, in a folder that is thrown away but for its main.log."""
     out = logs / group / f"{name}.{seed}" / "main.log"
-    if out.exists():
-        return
+    # this file again: main() knows the process that makes one run by its --patched
     argv = ["report/ablation.py", *arguments(group, name, seed, data)]
+    wanted = re.findall(r"--num_iterations=(\d+)", " ".join(argv))[-1]
+    if out.exists():
+        made = re.findall(r"--num_iterations[ =](\d+)", out.read_text("utf-8"))
+        if made and made[-1] != wanted:
+            sys.exit(f"error: {out} has {made[-1]} steps, not {wanted}: give another --logs")
+        return
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / argv[0], *argv[1:], f"--output_dir={folder}/run"]
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -237,9 +470,10 @@ def make(logs, group, name, seed, data, threads):
             reason = done.stderr.strip().removeprefix("error: ")
             sys.exit(f"error: {name}.{seed}: {reason}")
         log = Path(folder, "run", "main.log").read_text("utf-8")
+    flops = re.search(r"[\d.,]+ MFLOP a token", done.stdout)[0]
     heading = (
         f"# python {shlex.join(argv)}\n# {datetime.date.today()}, {machine()}, {threads} threads, "
-        f"python {platform.python_version()}, torch {torch.__version__}\n"
+        f"python {platform.python_version()}, torch {torch.__version__}, {flops}\n"
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     # written under another name first, so that a log that is there is a whole one
@@ -254,9 +488,10 @@ def make(logs, group, name, seed, data, threads):
 def curves(logs, group, name):
     """{seed: [(step, validation loss), ...]} of the runs that there are."""
     result = {}
+    # the dot, or "today" would match "today_35", too
     for log in (logs / group).glob(f"{name}.*/main.log"):
         seed = log.parent.suffix[1:]
-        # a dictionary, so that of a step that stands there twice the last line counts
+        # a resumed run writes a step twice; in a dictionary the later line wins
         losses = dict(re.findall(r"s:(\d+) tel:(\S+)", log.read_text("utf-8")))
         result[seed] = sorted((int(step), float(loss)) for step, loss in losses.items())
     return result
@@ -264,7 +499,7 @@ def curves(logs, group, name):
 def passes(curve, loss):
     """The step at which a curve first is at loss, on straight lines between its points.
 
-    None: it never is.
+    None: it never is. The first point is that of an untrained model, and taken to be above it.
     """
     for i in range(1, len(curve)):
         step_before, above = curve[i - 1]
@@ -272,6 +507,34 @@ def passes(curve, loss):
         if below <= loss:
             return step_before + (step - step_before) * (above - loss) / (above - below)
     return None
+
+def difference_in_words(differences):
+    """The mean of some paired differences, with its standard error, and whether it says anything.
+
+    It does if there are three or more, and if their mean is at least two standard errors from 0.
+    """
+    mean = statistics.mean(differences)
+    words = f"{mean:+.3f}"
+    if len(differences) == 1:
+        return f"{words}, one seed, not told apart from noise"
+    # how far the mean of so many seeds may be from the mean of all seeds
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    words += f" ± {error:.3f}"
+    if len(differences) < 3 or abs(mean) < 2 * error:
+        words += ", not told apart from noise"
+    return words
+
+def share_of_gpt2(runs, gpt2):
+    """What part of GPT-2's steps runs take to reach GPT-2's last loss: a mean over seeds."""
+    shares = []
+    for seed in runs:
+        if seed in gpt2:
+            last_step, last_loss = gpt2[seed][-1]
+            step = passes(runs[seed], last_loss)
+            if step is None:
+                return "-"
+            shares.append(step / last_step)
+    return f"{statistics.mean(shares):.0%}" if shares else "-"
 
 def row(logs, group, name):
     """A line of the table: means over seeds, each run beside those of the same seed.
@@ -287,26 +550,22 @@ def row(logs, group, name):
     differences = [end[seed] - default[seed][-1][1] for seed in runs if seed in default]
     change = ""
     if name != "today" and differences:
-        change = f"{statistics.mean(differences):+.3f}"
-        if len(differences) > 1:
-            # how far the mean of so many seeds may be from the mean of all seeds
-            error = statistics.stdev(differences) / math.sqrt(len(differences))
-            change += f" ± {error:.3f}"
+        change = difference_in_words(differences)
 
-    # after how many steps is it where GPT-2 ends?
-    reached = [passes(runs[seed], gpt2[seed][-1][1]) for seed in runs if seed in gpt2]
-    share = "-"
-    if reached and None not in reached:
-        share = f"{statistics.mean(reached) / GROUPS[group].steps:.0%}"
-
-    steps = round(trial.share * GROUPS[group].steps)
-    mean = statistics.mean(end.values())
-    return f"| {trial.what} | {steps} | {mean:.3f} | {change} | {share} | {len(runs)} |"
+    some_run = next(iter(runs.values()))
+    cells = [trial.what, str(some_run[-1][0])]
+    cells += [f"{statistics.mean(end.values()):.3f}", change]
+    if gpt2:
+        cells.append(share_of_gpt2(runs, gpt2))
+    return f"| {' | '.join(cells)} | {len(runs)} |"
 
 def table(logs, group):
     """All runs that there are, in Markdown."""
-    lines = ["| run | steps | validation loss | to the default | at GPT-2's end after | seeds |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
+    columns = ["run", "steps", "validation loss", "to the default"]
+    if curves(logs, group, "gpt2"):
+        columns.append("at GPT-2's end after")
+    columns.append("seeds")
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     lines += [row(logs, group, name) for name in TRIALS if curves(logs, group, name)]
     return "\n".join(lines)
 
@@ -314,7 +573,7 @@ def table(logs, group):
 
 def main(argv):
     if argv[:1] == ["--patched"]:
-        # this process is to make one run
+        # make() starts this file again for each run: this process trains one, and ends
         for name in argv[1].split(","):
             PATCHES[name]()
         return train_gpt2.main(argv[2:])
@@ -324,24 +583,34 @@ def main(argv):
     add = parser.add_argument
     add("group", choices=GROUPS)
     add("--data", metavar="PATTERN", help="training shards, as --input_bin; default: the preset's")
-    add("--runs", nargs="+", choices=possible, metavar="NAME", default=possible,
-        help=f"some of {', '.join(possible)}; default: all")
+    add("--runs", nargs="+", choices=possible, metavar="NAME",
+        help=f"some of {', '.join(possible)}; default: those of the group")
     add("--seeds", nargs="+", type=int, help="default: those of the group")
-    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    add("--steps", type=int, help="of a whole run; default: those of the group")
+    add("--jobs", type=int, default=1 if torch.cuda.is_available() else os.cpu_count(),
+        help="runs at a time; default: one on a GPU, else one for each core")
     add("--logs", type=Path, default=ROOT / "report" / "logs", help="where logs are kept")
     add("--table", action="store_true", help="train nothing, print the table")
     args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    group = GROUPS[args.group]
+    if args.steps:
+        group.steps = args.steps
+    names = args.runs or [name for name in group.runs if name in possible]
     if not args.table:
         threads = max(1, os.cpu_count() // args.jobs)
+        # these threads only wait: the work is done in the processes that make() starts
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-            runs = []
-            for seed in args.seeds or GROUPS[args.group].seeds:
-                for name in args.runs:
+            futures = []
+            for seed in args.seeds or group.seeds:
+                for name in names:
                     job = (args.logs, args.group, name, seed, args.data, threads)
-                    runs.append(pool.submit(make, *job))
+                    futures.append(pool.submit(make, *job))
             try:
-                for run in runs:
-                    run.result()
+                for future in futures:
+                    # raises what make() raised
+                    future.result()
             except BaseException:
                 # one failed, or Ctrl-C: begin no others
                 pool.shutdown(cancel_futures=True)

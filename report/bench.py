@@ -43,15 +43,16 @@ def load_peer(path, config, args, device):
                  f"train_gpt2.py or model.py")
     spec = importlib.util.spec_from_file_location("peer", path)
     peer = importlib.util.module_from_spec(spec)
-    # its dataclass looks itself up there
+    # its @dataclass finds its own module by name there
     sys.modules["peer"] = peer
     spec.loader.exec_module(peer)
-    # llm.c's switch for flash attention, which is off by default
+    # llm.c's switch for flash attention, which is off by default (nanoGPT ignores it)
     peer.FLASH = 1
     shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    # GPT-2's tokens it pads as it likes: to 50,257 in llm.c, to 50,304 in nanoGPT. Bytes it has to
+    # be told of.
     if config.vocab_size != fineweb.VOCAB_SIZE["gpt2"]:
         shape["vocab_size"] = config.vocab_size
-    # else its own choice: llm.c takes 50,257 and nanoGPT 50,304
 
     # moved after it is made: llm.c draws its weights on the CPU
     model = peer.GPT(peer.GPTConfig(**shape)).to(device)
@@ -74,11 +75,15 @@ class Contender:
         model_name, *flags = shlex.split(spec)
         own, flags = parser.parse_known_args(flags)
         args, _ = train_gpt2.parse_args(["--model", model_name, *flags])
+        if own.peer and args.arch != "gpt2":
+            # its operations are counted on our model of the same shape
+            sys.exit(f"error: {spec}: a peer has GPT-2's architecture: add --arch gpt2")
         self.device = train_gpt2.pick_device(args.device)
         dtype, self.autocast = train_gpt2.pick_autocast(args.dtype, self.device)
         T = args.sequence_length
 
-        # tiny learns bytes, all others GPT-2's tokens
+        # input_bin "" (tiny's) stands for Python's standard library as bytes, all else for
+        # GPT-2's tokens
         vocabulary = "gpt2" if args.input_bin else "bytes"
         vocab_size = fineweb.VOCAB_SIZE[vocabulary]
         fields = asdict(train_gpt2.GPTConfig())
@@ -116,6 +121,8 @@ class Contender:
         B = args.batch_size or train_gpt2.pick_batch_size(
             config, num_params, self.device, dtype, compiled, sequences
         )
+        if sequences % B or sequences == 0:
+            sys.exit(f"error: {spec}: a step has {sequences} sequences, no multiple of {B}")
         self.grad_accum_steps = sequences // B
         self.x, self.y = torch.randint(vocab_size, (2, B, T), device=self.device)
         self.tokens = B * T * self.grad_accum_steps
@@ -127,7 +134,7 @@ class Contender:
         with torch._inductor.config.patch(coordinate_descent_tuning=self.is_peer):  # as llm.c does
             self.step()
         self.first_step = time.time() - start
-        # what stays between steps
+        # what this contender keeps between steps: weights, averages, a batch
         self.own_memory = memory(self.device) - before
         self.times = []
         self.peak_memory = 0
@@ -135,21 +142,21 @@ class Contender:
     def step(self):
         for _ in range(self.grad_accum_steps):
             with self.autocast():
-                loss = self.forward(self.x, self.y, **self.options)
-            if self.is_peer:
-                _, loss = loss
+                output = self.forward(self.x, self.y, **self.options)
+            # llm.c and nanoGPT return (logits, loss)
+            loss = output[1] if self.is_peer else output
             loss = loss / self.grad_accum_steps
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
-            # each as its own training script does it
+            # ours writes zeros over the gradients, llm.c and nanoGPT delete them
             optimizer.zero_grad(set_to_none=self.is_peer)
-        # waits for the GPU
+        # a GPU works through a queue in order: item() returns when all of this step is done
         loss.item()
 
-    def turn(self):
-        """One step that is timed."""
+    def timed_step(self):
+        # the other contenders lie on the same GPU: their tensors are not this step's
         others = memory(self.device) - self.own_memory
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -168,11 +175,13 @@ def main(argv):
     add("--steps", type=int, default=20, help="turns that are timed")
     add("--warmup", type=int, default=3, help="turns before them that are not")
     args = parser.parse_args(argv)
+    if args.steps < 1:
+        sys.exit("error: --steps must be at least 1")
     torch.set_float32_matmul_precision("high")
     contenders = [Contender(spec) for spec in args.contender]
     for _ in range(args.warmup + args.steps):
         for contender in contenders:
-            contender.turn()
+            contender.timed_step()
 
     device = contenders[0].device
     card = f"{device.type}, {torch.get_num_threads()} threads"
@@ -180,6 +189,7 @@ def main(argv):
         card = torch.cuda.get_device_name(device)
     peak_flops = train_gpt2.PEAK_FLOPS
     peak = next((peak_flops[name] for name in peak_flops if name in card), None)
+    # + 1: the step that Contender.__init__() made
     print(f"{card}, torch {torch.__version__}, {datetime.date.today()}, "
           f"median of {args.steps} steps after {args.warmup + 1}\n")
     print("| model, flags (sequences x tokens x micro-batches) | ms | tokens/s | x first | MFU | "
