@@ -1066,8 +1066,9 @@ def train(run):
 
 # Each row is a model, and its folder has the name of GPT-2's model of that shape. The learning
 # rates of d12 to d48 are four times those of GPT-3's models of these sizes (6e-4 to 2e-4, table
-# 2.1 of https://arxiv.org/abs/2005.14165): with Muon and QK-norm, training stays stable at such
-# rates.
+# 2.1 of https://arxiv.org/abs/2005.14165), since training stays stable at such rates with Muon and
+# QK-norm. Only small models have been tried (report/README.md), so take them for a guess: half as
+# much or twice as much may be better.
 PRESETS = {
     "tiny": dict(n_layer=4, n_head=4, n_embd=128, learning_rate=4e-3, output_dir="logtiny"),
     "d12": dict(n_layer=12, n_head=12, n_embd=768, learning_rate=2.4e-3, output_dir="log124M"),
