@@ -214,7 +214,7 @@ ROPE = {"today": "turned by time", "learned": "learned", "rope_by_head": "turned
 FIGURES = {
     "loss_tiny.svg": ("tiny", THREE, ("tokens", "seconds")),
     # two of its runs were made at a time, so their ms say little: operations instead
-    "loss_medium.svg": ("medium_rates", THREE, ("tokens", "flops")),
+    "loss_medium.svg": ("medium", THREE, ("tokens", "flops")),
     "recipes.svg": ("tiny", TWO_RECIPES, ("lr", "norm")),
     "rope.svg": ("tiny", ROPE, ("tokens",)),
 }
