@@ -2469,6 +2469,12 @@ def test_an_effect_has_to_stand_out():
     for differences in [0.1], [0.1, 0.1], [-0.1, 0.11, 0.12]:
         assert ablation.difference_in_words(differences).endswith(", not told apart from noise")
 
+def test_a_trial_knows_its_groups_heads():
+    """One key/value head for each query head, whatever the size."""
+    for group, n_head in ("tiny", "4"), ("width_512", "16"), ("d12", "12"):
+        argv = ablation.arguments(group, "all_heads", 1, None)
+        assert argv[argv.index("--n_kv_head") + 1] == n_head
+
 def test_patches_do_what_they_say(monkeypatch):
     for owner, name in (GPT, "__init__"), (GPT, "features"), (train_gpt2, "apply_rope"):
         monkeypatch.setattr(owner, name, getattr(owner, name))

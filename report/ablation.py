@@ -360,7 +360,6 @@ class Group:
     flags: str
     muon: float = 4e-3  # the peak rate of runs with Muon
     adamw: float = 2e-3  # and of those with AdamW alone
-    n_head: int = 4  # of models whose trials name it
     warmup: str = "warmup_20"  # the patch that sets it: the same for both recipes
 
 MAIN_RUNS = ["today", "homework", "gpt2", "homework_75", "today_35"]
@@ -417,7 +416,7 @@ GROUPS = {
         flags=MEDIUM,
     ),
     "d12": Group(
-        steps=2000, seeds=(1, 2), muon=2.4e-3, adamw=1.2e-3, n_head=12, warmup="warmup_100",
+        steps=2000, seeds=(1, 2), muon=2.4e-3, adamw=1.2e-3, warmup="warmup_100",
         runs=MAIN_RUNS,
         flags="--model d12 --val_loss_every 125",
     ),
@@ -433,7 +432,9 @@ def arguments(group, name, seed, data):
     with_muon = "adamw" not in trial.flags and ORIGINAL not in trial.flags
     rate = trial.rate * (shared.muon if with_muon else shared.adamw)
     argv = ["--patched", ",".join(patches), *shlex.split(shared.flags)]
-    argv += shlex.split(trial.flags.format(n_head=shared.n_head))
+    # how many heads models of this group have, by their flags or by their preset
+    args, _ = train_gpt2.parse_args(shlex.split(shared.flags))
+    argv += shlex.split(trial.flags.format(n_head=args.n_head))
     argv += [f"--learning_rate={rate:g}", f"--num_iterations={round(trial.share * shared.steps)}"]
     if data:
         argv.append(f"--input_bin={data}")
