@@ -31,35 +31,36 @@ models to try out filters, and kept the filters that made the models better. Fin
 the part that a classifier found educational. The default is a sample of 10 billion tokens. There
 are three ways to make a folder of shards (the first two lines are one, with and without a limit):
 
-    python fineweb.py --shards 10                              # ready: 1.1 billion tokens, 2.2 GB
+    python fineweb.py --shards 10                              # ready: 10 to train on + 1, 2.2 GB
     python fineweb.py                                          # the whole sample, 21 GB
     python fineweb.py --tokenize --shards 10                   # from the raw text, tokenized here
     python fineweb.py --input books/ notes.jsonl --out mine    # your own text
 
-Downloads come from the hub, huggingface.co, where data sets are shared. The environment variable
-HF_ENDPOINT names a mirror; HF_TOKEN holds the access key of an account (no token of a text). After
-an interruption give the same command again: it keeps the files that are whole, and tokenizes from
-the start. Parts of other files stay behind in a folder named .cache, which you may remove.
+Others have made the ready ones, which saves an hour of tokenizing. Each command ends with the one
+that trains on the result. (A fourth corpus needs no command: see stdlib_corpus().) Downloads come
+from the hub, huggingface.co, where data sets are shared. The environment variable HF_ENDPOINT names
+a mirror; HF_TOKEN holds the access key of an account (no token of a text). After an interruption
+run the same command again. A download keeps the files that are whole; tokenizing begins anew. Files
+that end in .tmp are what an interrupted run left behind, and you may remove them.
 """
 import argparse
 import collections
+import glob
 import gzip
 import hashlib
-import io
 import itertools
 import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import sysconfig
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 # -------------------------------------------------------------------------------------------------
 # 1. Shards
@@ -83,34 +84,22 @@ def write_shard(path, tokens, vocab_size=0):
     """Writes an array of integers below 65,536 as a shard; vocab_size 0 is GPT-2's vocabulary."""
     header = np.zeros(HEADER_INTS, "<i4")
     header[:4] = [SHARD_MAGIC, SHARD_VERSION, len(tokens), vocab_size]
-    # Writing can be interrupted, so the shard gets its name only when it is whole. The process's id
-    # keeps two programs that write the same shard out of each other's file.
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
+    with open(path, "wb") as file:
         file.write(header.tobytes())
         file.write(np.ascontiguousarray(tokens, "<u2").data)
-    os.replace(temporary, path)
-
-
-def count_tokens(path):
-    """The number of tokens in a shard. Ends the program if its header and length disagree."""
-    header = np.fromfile(path, "<i4", 3)
-    if len(header) == 3 and header[0] == SHARD_MAGIC and header[1] == SHARD_VERSION:
-        if os.path.getsize(path) == 4 * HEADER_INTS + 2 * int(header[2]):
-            return int(header[2])
-    sys.exit(f"error: {path} is damaged, its header does not fit its {os.path.getsize(path):,} "
-             "bytes: remove it (or all shards, if they were made here) and run this command again")
 
 
 class ShardWriter:
-    """Collects tokens and writes FOLDER/NAME_000001.bin and so on, each when it is full."""
+    """Collects tokens and writes them as FOLDER/NAME_000001.bin and so on."""
 
-    def __init__(self, folder, name, index):
+    def __init__(self, folder, name, index, vocab_size=0):
         self.folder = folder
         self.name = name
         self.index = index  # number of the next shard
+        self.vocab_size = vocab_size
         self.buffer = np.empty(SHARD_TOKENS, np.uint16)
         self.count = 0  # tokens in the buffer
+        self.written = {}  # for each shard its temporary name, and the name that it is to have
 
     def add(self, tokens):
         """Appends ids. A document may begin in one shard and go on in the next."""
@@ -123,12 +112,30 @@ class ShardWriter:
                 self.flush()
 
     def flush(self):
-        """Writes the next shard with what the buffer holds."""
+        """Writes the next shard with what the buffer holds, under a temporary name."""
         if self.count:
             path = self.folder / f"{self.name}_{self.index:06d}.bin"
-            write_shard(path, self.buffer[:self.count])
+            # The process's id keeps two runs out of each other's files.
+            temporary = f"{path}.{os.getpid()}.tmp"
+            write_shard(temporary, self.buffer[:self.count], self.vocab_size)
+            self.written[temporary] = path
             self.index += 1
             self.count = 0
+
+    def finish(self):
+        """Writes the last shard, and gives each its name. They get it only now, so that what an
+        interrupted run leaves behind is never taken for the whole."""
+        self.flush()
+        for temporary, path in self.written.items():
+            os.replace(temporary, path)
+
+
+def make_folder(folder):
+    """Makes a folder for shards, unless it exists. Git ignores what is in it, as gigabytes do not
+    belong in a commit."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        (folder / ".gitignore").write_text("*\n")
 
 
 def stdlib_corpus():
@@ -136,13 +143,16 @@ def stdlib_corpus():
     Python's standard library (11 MB, as bytes). Returns the glob pattern of those to train on."""
     source = Path(sysconfig.get_paths()["stdlib"])
     folder = Path(f"stdlib_py{sys.version_info.major}.{sys.version_info.minor}")
-    paths = {"train": folder / "stdlib_train_000001.bin", "val": folder / "stdlib_val_000000.bin"}
-    if all(path.exists() for path in paths.values()):
-        return str(folder / "stdlib_train_*.bin")
+    pattern = str(folder / "stdlib_train_*.bin")
+    # The validation shard gets its name last (see below): if it exists, so do the others.
+    if (folder / "stdlib_val_000000.bin").exists():
+        return pattern
 
+    make_folder(folder)
+    train = ShardWriter(folder, "stdlib_train", 1, VOCAB_SIZE["bytes"])
+    val = ShardWriter(folder, "stdlib_val", 0, VOCAB_SIZE["bytes"])
     # We leave out the library's tests, packages that pip installed, and help texts (pydoc_data).
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data"}
-    texts = {"train": [], "val": []}
     for path in sorted(source.rglob("*.py")):
         name = path.relative_to(source)
         if skip & set(name.parts):
@@ -150,171 +160,159 @@ def stdlib_corpus():
         # About 8 files in 256 are held out for validation. The hash of the name decides, and not a
         # random number, so that every machine holds out the same ones.
         held_out = hashlib.sha256(name.as_posix().encode()).digest()[0] < 8
-        text = np.frombuffer(path.read_bytes(), np.uint8)
+        writer = val if held_out else train
         # Before each file comes <|endoftext|>, whose id is 256 in this vocabulary.
-        texts["val" if held_out else "train"] += [[VOCAB_SIZE["bytes"] - 1], text]
-    if not all(texts.values()):
-        sys.exit(f"error: no Python source in {source} to learn from: give --input_bin")
-    try:
-        folder.mkdir(exist_ok=True)
-        for split, path in paths.items():
-            write_shard(path, np.concatenate(texts[split]), VOCAB_SIZE["bytes"])
-    except OSError as error:
-        sys.exit(f"error: cannot write to {folder}: {error}: make room, or change the folder")
-    return str(folder / "stdlib_train_*.bin")
+        writer.add([VOCAB_SIZE["bytes"] - 1])
+        writer.add(np.frombuffer(path.read_bytes(), np.uint8))
+    train.finish()
+    val.finish()
+    return pattern
 
 
 # -------------------------------------------------------------------------------------------------
 # 2. Documents
 
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
+def find_files(names):
+    """The files that the names of --input stand for, sorted. Folders are searched, but nothing that
+    is hidden in them is read, such as .git or a notebook's .ipynb_checkpoints."""
+    found = {}
+    for name in map(Path, names):
+        if not name.exists():
+            sys.exit(f"error: --input {name}: no file and no folder has this name")
+        for path in [name, *name.rglob("*")]:
+            hidden = any(part.startswith(".") for part in path.relative_to(name).parts)
+            if path.is_file() and not hidden:
+                # resolve() shows that a.txt and books/../a.txt are one file. It is read once.
+                found.setdefault(path.resolve(), path)
+    return sorted(found.values())
 
-# A long text is read, and later tokenized, in blocks. A GPT-2 token may begin with a space, but a
-# space never follows a letter, digit or sign inside one. So we cut just before such a space: the
-# blocks, tokenized one by one, give the same tokens as the whole text.
-BLOCK = 1 << 16  # characters (and the bytes that pyarrow reads at once)
-LAST_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
-
-def read_rows(path):
-    """Yields (begins, text): whether a document begins here, and its text. A .txt file is one
-    document. In .jsonl each line is a JSON object, and in .parquet, a compressed table, each row is
-    one; the document is what stands under "text". A few MB of the file are in memory."""
-    if path.suffix == ".parquet":
+def read_documents(path):
+    """Yields the documents of a file, "" or None for an empty one. In .jsonl each line is a JSON
+    object, and .parquet is a compressed table with rows; the document is what stands under "text".
+    Any other file is text, which is read into memory as a whole. .gz is unpacked."""
+    name = path.name.lower()
+    open_file = gzip.open if name.endswith(".gz") else open
+    if name.endswith(".parquet"):
         import pyarrow.parquet as parquet
-        # pyarrow would load a whole row group, which can be a whole file of 2 GB. With a buffer and
-        # without pre_buffer it reads a little at a time.
-        table = parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False)
-        for batch in table.iter_batches(64, columns=["text"]):
-            for row in batch.to_pylist():
-                yield True, text_of(row)
-        return
-    open_file = gzip.open if path.suffix == ".gz" else open
-    with open_file(path, "rb") as file:
-        if ".jsonl" in path.suffixes:
+        for batch in parquet.ParquetFile(path).iter_batches(64, columns=["text"]):
+            yield from batch["text"].to_pylist()
+    elif name.endswith((".jsonl", ".jsonl.gz")):
+        with open_file(path, "rb") as file:
             for line in file:
-                if line.strip():
-                    yield True, text_of(json.loads(line))
-                else:
-                    yield False, ""  # a blank line is no document, but errors count it as a row
-            return
+                text = json.loads(line)["text"] if line.strip() else None
+                # JSON can write half of a character, "\ud83d", which has no bytes: it becomes "?".
+                yield (text or "").encode("utf-8", "replace").decode()
+    else:
         # utf-8-sig drops the mark that some editors put before the text, and newline="" keeps \r\n.
-        decoded = io.TextIOWrapper(file, "utf-8-sig", newline="")
-        begins = True
-        text = ""
-        while len(block := decoded.read(BLOCK)) == BLOCK:
-            text += block
-            if cut := LAST_CUT.match(text):
-                yield begins, text[:cut.end()]
-                text = text[cut.end():]
-                begins = False
-        yield begins, text + block
-
-
-def text_of(row):
-    """The text of a row: what it has under "text"."""
-    text = row.get("text") if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        raise ValueError('there is no string under "text"')
-    # JSON can write half of a character, "\ud83d", which has no bytes. It becomes a question mark.
-    return text.encode("utf-8", "replace").decode()
+        with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
+            # Collections of short stories come with lines of <|endoftext|> between them.
+            yield from re.split(r"<\|endoftext\|>[\r\n]*", file.read())
 
 
 def read_files(paths):
-    """Yields what read_rows() does, of several files. Ends the program where one is damaged."""
+    """Yields the documents of several files, and at the end prints how many there were. Passes over
+    a file that is no text in UTF-8. Ends the program if a file cannot be read for another reason,
+    with one line that names it and its row."""
+    counts = collections.Counter()
     for path in paths:
         row = 0
         try:
-            for begins, text in read_rows(path):
+            for text in read_documents(path):
                 row += 1
-                if begins or text:  # leaves out blank lines
-                    yield begins, text
-        except ImportError:
-            sys.exit(f"error: {path}: to read parquet, pip install pyarrow")
-        # Python's decoders and pyarrow know a dozen kinds of error for a damaged file.
+                if text:
+                    counts["documents read"] += 1
+                    yield text
+                else:
+                    counts["empty documents passed over"] += 1
+        # Python's decoders and pyarrow know a dozen kinds of error for a damaged file. And where
+        # pyarrow, which only .parquet needs, is not installed, its import fails.
         except Exception as error:
+            if row == 0 and isinstance(error, UnicodeDecodeError):
+                tqdm.write(f"{path} is passed over: it is no text in UTF-8")
+                counts["files passed over"] += 1
+                continue
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            sys.exit(f"error: {path}, row {row + 1}: {reason}: mend the file, or leave it out")
+            sys.exit(f"error: {path}, row {row + 1}: {reason}")
+    found = ", ".join(f"{number:,} {what}" for what, number in counts.items())
+    tqdm.write(f"{len(paths)} files: {found}")
 
 
-def find_files(names):
-    """The files that the names of --input stand for, sorted; folders are searched."""
-    files = set()
-    for path in map(Path, names):
-        try:
-            candidates = path.rglob("*") if path.is_dir() else [path]
-            found = [file for file in candidates if file.is_file() and file.name.endswith(SUFFIXES)]
-        except OSError as error:  # a folder that we may not look into, for example
-            sys.exit(f"error: --input: {error}: mend that, or leave it out")
-        if not found:
-            sys.exit(f"error: --input {path}: no file there that ends in {', '.join(SUFFIXES)}")
-        files.update(found)
-    return sorted(files)
+# A text is cut into pieces, just before a space or line break that follows something visible:
+#
+#     The cat| sat on the mat.
+#
+# No token of GPT-2 goes on across such a place, so the pieces, tokenized one by one, have the
+# tokens of the whole text. Threads share the work in pieces. Some pieces are held out to validate
+# on. And the tokenizer, which fails at some texts of a million characters, such as one of spaces,
+# never sees so many at once.
+PIECE = 8192  # characters
+CUT = re.compile(r"(?<=\S)[ \n]")
 
 
-def divide(documents, val_share):
-    """Makes (split, begins, text) of (begins, text). The split, "train" or "val", is a text's use.
+def cut(text, size):
+    """Yields the pieces of a text, each of size to 2 * size characters; the last may be shorter.
+    Where there is no place to cut, as in a long run of spaces, we cut all the same: the tokens on
+    both sides may then differ from those of the whole text."""
+    begin = 0
+    while len(text) - begin > 2 * size:
+        place = CUT.search(text, begin + size, begin + 2 * size)
+        end = place.start() if place else begin + 2 * size
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
 
-    A piece (a document, or a block of a long one) goes to "val" if that has at most val_share of
-    the text so far. So the first piece always does, later ones are taken evenly from the whole
-    text, and a small text may give "val" more than its share.
+
+def divide(documents, val_share, size=PIECE):
+    """Yields (split, begins, piece) for all pieces of the documents: the split, "train" or "val",
+    that a piece is used in, and whether a document begins with it.
+
+    val_share is how much of the text is to be held out, 0.01 for example: a piece goes to "val"
+    whenever less than that share of the characters so far has. So what is held out comes from
+    everywhere in the text. (Also from the middle of a document: training sees its neighbors, but
+    not the piece itself.)
     """
     seen = 0
     held_out = 0
-    split = None
-    for begins, text in documents:
-        previous = split
-        split = "val" if held_out <= val_share * seen else "train"
-        seen += len(text)
-        if split == "val":
-            held_out += len(text)
-        # Where the split changes inside a long text, a new document begins.
-        yield split, begins or split != previous, text
+    for document in documents:
+        previous = None
+        for piece in cut(document, size):
+            split = "val" if held_out < val_share * seen else "train"
+            # A document begins, too, where the piece before went to the other split: the shard has
+            # nothing of it, so this piece does not go on from anything there.
+            yield split, split != previous, piece
+            previous = split
+            seen += len(piece)
+            if split == "val":
+                held_out += len(piece)
 
 
 # -------------------------------------------------------------------------------------------------
 # 3. Tokenizing
 
-def tokenize(documents):
-    """Turns an iterator of (split, begins, text) into one of (split, ids), in the same order.
-
-    tiktoken is OpenAI's tokenizer. Python runs one thread at a time, the one that holds its lock
-    (the GIL), but tiktoken gives the lock back while it works, so threads do run side by side, and
-    need no copies of texts and ids, as processes would.
-    """
+def tokenize(pieces):
+    """Turns an iterator of (split, begins, piece) into one of (split, ids), in the same order."""
+    # tiktoken is OpenAI's tokenizer.
     import tiktoken
-    from tiktoken_ext.openai_public import gpt2
     try:
-        vocabulary = gpt2()
+        tokenizer = tiktoken.get_encoding("gpt2")
     except OSError as error:  # it downloads the vocabulary, 1.5 MB, the first time
         sys.exit(f"error: tiktoken cannot load GPT-2's vocabulary ({error}): go online once, "
                  "or set TIKTOKEN_CACHE_DIR to a folder that has it")
 
-    # Each thread has a tokenizer of its own: where threads share one, they wait for each other.
-    own = threading.local()
+    def encode(piece):
+        split, begins, text = piece
+        # disallowed_special: in somebody's text the word "<|endoftext|>" is only a word.
+        ids = tokenizer.encode_to_numpy(text, disallowed_special=())
+        return split, np.append(END_OF_TEXT, ids) if begins else ids
 
-    def prepare_thread():
-        own.encode = tiktoken.Encoding(**vocabulary).encode_to_numpy
-
-    def encode_batch(batch):
-        result = []
-        for split, begins, text in batch:
-            # disallowed_special: in somebody's text the word "<|endoftext|>" is only a word.
-            ids = own.encode(text, disallowed_special=())
-            result.append((split, np.append(END_OF_TEXT, ids) if begins else ids))
-        return result
-
-    # A thread takes 16 documents at a time. About 4 batches per thread wait at most, so that memory
-    # does not fill up if reading is faster. The oldest gives its result first: the order stays.
-    threads = os.cpu_count() or 1
-    waiting = collections.deque()
-    with ThreadPoolExecutor(threads, initializer=prepare_thread) as pool:
-        while batch := list(itertools.islice(documents, 16)):
-            waiting.append(pool.submit(encode_batch, batch))
-            if len(waiting) > 4 * threads:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
+    # Python runs one thread at a time, the one that holds its lock (the GIL). But tiktoken gives
+    # the lock back while it works, so threads do run side by side, and need no copies of texts and
+    # ids, as processes would. map() would read all pieces before it gives a result: so we pass it
+    # a thousand at a time.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while batch := list(itertools.islice(pieces, 1000)):
+            yield from pool.map(encode, batch)
 
 
 def first_shard_held_out(stream):
@@ -326,49 +324,33 @@ def first_shard_held_out(stream):
         room = max(0, room - len(ids))
 
 
-def claim(folder):
-    """Makes FOLDER/tokenizing.tmp, where shards are made, and returns it. Ends the program if it is
-    there, so that of two runs into one folder the second stops, or if the folder has shards."""
-    work = folder / "tokenizing.tmp"
-    try:
-        work.mkdir(parents=True)
-    except FileExistsError:
-        sys.exit(f"error: {work} is there: another run is at work in {folder}, or one was killed. "
-                 f"If you know of none, remove {work} and run this command again")
-    except OSError as error:
-        sys.exit(f"error: cannot make {work}: {error}: give another --out")
+def refuse_shards(folder):
+    """Ends the program if the folder has shards: they may be the work of hours."""
     if any(folder.glob("*.bin")):
-        work.rmdir()
         sys.exit(f"error: {folder} holds shards already: move them away or give another --out")
-    return work
 
 
 def make_shards(stream, folder, prefix, shards):
     """Writes a stream of (split, ids) as shards; `shards` is the most to train on, None is all."""
-    from tqdm import tqdm  # comes with huggingface_hub, which shows its progress with it
-
-    # Shards are made in a folder of their own and moved when the last is done. So what an
-    # interrupted run leaves cannot be taken for a finished set.
-    work = claim(folder)
-    try:
-        val = ShardWriter(work, f"{prefix}_val", 0)
-        train = ShardWriter(work, f"{prefix}_train", 1)
-        with tqdm(unit=" tokens", unit_scale=True, disable=None) as progress:
-            for split, ids in stream:
-                (val if split == "val" else train).add(ids)
-                progress.update(len(ids))
-                if shards and train.index > shards:  # index is the number of the next shard
-                    train.count = 0  # what the buffer holds would be one shard too many
-                    break
-        val.flush()
-        train.flush()
-        # "val" sorts last: if moving is interrupted it is missing, and train_gpt2.py says so.
-        for path in sorted(work.iterdir()):
-            path.rename(folder / path.name)
-    except OSError as error:
-        sys.exit(f"error: cannot write to {folder}: {error}: make room or give another --out")
-    finally:
-        shutil.rmtree(work)
+    val = ShardWriter(folder, f"{prefix}_val", 0)
+    train = ShardWriter(folder, f"{prefix}_train", 1)
+    with tqdm(unit=" tokens", unit_scale=True, disable=None) as progress:
+        for split, ids in stream:
+            writer = val if split == "val" else train
+            writer.add(ids)
+            progress.update(len(ids))
+            if shards and train.index > shards:  # index is the number of the next shard
+                train.count = 0  # what the buffer holds would be one shard too many
+                break
+    for writer in (val, train):
+        # The smallest model, tiny, reads 128 tokens at a time and learns to predict the 129th.
+        if not writer.written and writer.count < 129:
+            sys.exit(f"error: too little text: {writer.name} has {writer.count} tokens and needs "
+                     "129, so give more text or another --val_share")
+    # Another run may have finished in the meantime.
+    refuse_shards(folder)
+    val.finish()
+    train.finish()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -390,24 +372,25 @@ RAW = {
 def download(repo, patterns, folder):
     """Downloads the files of a dataset that match the patterns, 8 at a time, unless they are there.
     Ends the program in one line if the hub, the network or the disk fails."""
-    from huggingface_hub import snapshot_download
-
-    # Ctrl-C: the library would first finish the files under way, which can take minutes.
-    usual = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    request = {"repo_type": "dataset", "allow_patterns": patterns, "local_dir": folder}
+    from huggingface_hub import HfApi, snapshot_download
     try:
-        # The library replaces a file that is not the hub's without a word. It may be somebody's
-        # work, so we look first. (Before huggingface_hub 2.3 dry_run does not report such a file.)
-        for file in snapshot_download(repo, dry_run=True, **request):
-            if file.will_download and os.path.exists(file.local_path):
-                sys.exit(f"error: {file.local_path} is not the hub's file of that name: move it "
-                         "away, or give another --out")
-        snapshot_download(repo, **request)
+        # This fails if the hub cannot be reached. snapshot_download() does not: it takes what is in
+        # the folder for the whole.
+        commit = HfApi().dataset_info(repo, revision="main").sha
+        snapshot_download(repo, repo_type="dataset", revision=commit, allow_patterns=patterns,
+                          local_dir=folder)
     except Exception as error:
         reason = " ".join(str(error.__cause__ or error).split())
         sys.exit(f"error: {repo}: {reason} (check the connection, the disk, and HF_ENDPOINT and "
                  "HF_TOKEN if you set them; then run this command again: whole files are kept)")
-    signal.signal(signal.SIGINT, usual)
+
+
+def download_ready(repo, folder, shards):
+    """Downloads shards into the folder: one for validation, and some or all to train on."""
+    patterns = ["*.bin"]
+    if shards:
+        patterns = [f"*_{i:06d}.bin" for i in range(shards + 1)]
+    download(repo, patterns, folder)
 
 
 def download_raw(repo, version, folder, shards):
@@ -426,33 +409,39 @@ def download_raw(repo, version, folder, shards):
 # 5. The command line
 
 def say_what_next(folder, prefix):
-    """Checks the shards' headers and prints the command that trains on them."""
-    pattern = f"{folder}/{prefix}_train_*.bin"
-    train = [count_tokens(path) for path in folder.glob(f"{prefix}_train_*.bin")]
-    val = [count_tokens(path) for path in folder.glob(f"{prefix}_val_*.bin")]
-    print(f"{folder}: {sum(train):,} tokens to train on in {len(train)} shards, {sum(val):,} held "
-          "out for validation")
-    if min(sum(train), sum(val)) <= 1024:
-        sys.exit(f"error: {folder} is too small: train_gpt2.py reads 1,024 tokens in a row, from "
-                 "each of the two. Move its shards away and give more text or another --val_share")
-    # A model wants about 20 tokens a parameter (https://arxiv.org/abs/2203.15556). For d24, with
-    # 24 layers and 350M parameters, that is 7 billion. d12 has 12 layers and 124M.
-    command = f"python train_gpt2.py --model {'d24' if sum(train) >= 7e9 else 'd12'}"
-    if pattern != "fineweb10B/fineweb_train_*.bin":
-        command += f" --input_bin {shlex.quote(pattern)}"
-    # A training step reads 524,288 tokens by default. For a small set we halve that until one pass
-    # over it has at least 16 steps, and make 4 passes; more help little
-    # (https://arxiv.org/abs/2305.16264).
-    step = 524_288
-    while step > 1024 and step > sum(train) / 16:
+    """Prints how many tokens the shards have, and the command that trains on them."""
+    tokens = {}
+    for split in ("train", "val"):
+        sizes = [path.stat().st_size for path in folder.glob(f"{prefix}_{split}_*.bin")]
+        tokens[split] = (sum(sizes) - 4 * HEADER_INTS * len(sizes)) // 2
+    print(f"{folder}: {tokens['train']:,} tokens to train on, {tokens['val']:,} held out")
+
+    # A text may be read 4 times: until then it is worth nearly as much as new text, and afterwards
+    # little (https://arxiv.org/abs/2305.16264). A model wants about 20 tokens for each parameter
+    # (https://arxiv.org/abs/2203.15556): d24, with 350M, wants 7 billion, and d12, with 124M, 2.5
+    # billion. The only smaller model, tiny, has 7M. So d12 gets whatever is over a sixth of that.
+    tokens_to_read = 4 * tokens["train"]
+    model, step = "tiny", 2048  # tokens a step
+    if tokens_to_read >= 0.4e9:
+        model, step = "d12", 524_288
+    if tokens_to_read >= 7e9:
+        model = "d24"
+    # In fewer than some hundred steps a model hardly learns. So a step of a small text has fewer
+    # tokens, down to the 128 that tiny reads in a row.
+    while step > 128 and tokens_to_read < 300 * step:
         step //= 2
-    if step < 524_288:
-        command += f" --total_batch_size {step} --num_iterations {4 * sum(train) // step}"
-    print(f"Next:\n    {command}")
+    # 19,073 steps are the 10 billion tokens of the sample. Of tiny they are 39 million, half an
+    # hour on two cores, and nobody has to wait for more.
+    num_iterations = min(19_073, tokens_to_read // step)
+    # If the folder's name has brackets or spaces, escape() and quote() see to it that the command
+    # still means this folder.
+    pattern = shlex.quote(f"{glob.escape(str(folder))}/{prefix}_train_*.bin")
+    print(f"Next:\n    python train_gpt2.py --model {model} --input_bin {pattern} "
+          f"--total_batch_size {step} --num_iterations {num_iterations}")
 
 
 def main(argv):
-    """Does what the command line asks for. Every mistake ends in sys.exit and one line."""
+    """Does what the command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -460,54 +449,48 @@ def main(argv):
     add("-t", "--type", choices=["classic", "edu"], default="classic", help="which FineWeb")
     add("--shards", type=int, help="at most so many shards to train on, of 100M tokens each")
     add("--tokenize", action="store_true", help="download the raw text and tokenize it here")
-    add("--input", nargs="+", metavar="FILE", help=f"your files or folders: {' '.join(SUFFIXES)}")
-    add("--val_share", type=float, default=0.01, help="share of --input held out for validation")
+    add("--input", nargs="+", metavar="FILE", help="your own files or folders")
+    add("--val_share", type=float, help="share of --input held out for validation (default: a "
+        "tenth of up to 10 MB, a hundredth of more)")
     add("--out", type=Path, metavar="DIR", help="folder for shards (default: like fineweb10B)")
-    parser.error = lambda message: sys.exit(f"error: {message}; see --help")
     args = parser.parse_args(argv)
-    # Someone may take it for a number of tokens; a list of so many names would fill the memory.
-    if args.shards is not None and not 1 <= args.shards <= 10_000:
-        parser.error("--shards must lie between 1 and 10,000, of 100M tokens each")
-    if not 0 < args.val_share < 1:
-        parser.error("--val_share must lie between 0 and 1")
-    if args.input and (args.tokenize or not args.out):
-        parser.error("--input needs --out, and no --tokenize")
+    ready = not args.input and not args.tokenize
+    if args.input and not args.out:
+        parser.error("--input needs --out, a folder for its shards")
+    if ready and (args.type, args.version) not in READY:
+        parser.error("nobody has 100B tokens of FineWeb-Edu ready: add --tokenize, or -v 10B")
 
     repo, prefix = RAW[args.type]
     folder = args.out or Path(f"{prefix}{args.version}")
+    # Shards are not to be written over, unless they are the hub's and the download goes on: the
+    # hub's library leaves a folder .cache beside them.
+    if not (ready and (folder / ".cache").exists()):
+        refuse_shards(folder)
+    make_folder(folder)
     if args.input:
         prefix = "text"
-        stream = tokenize(divide(read_files(find_files(args.input)), args.val_share))
-        make_shards(stream, folder, prefix, args.shards)
+        files = find_files(args.input)
+        size = sum(path.stat().st_size for path in files)  # bytes
+        # A hundredth of a small text would be too little to validate on. And a small text is cut
+        # into small pieces, a hundred if they are not too short, so that several are held out.
+        val_share = args.val_share or (0.1 if size <= 10e6 else 0.01)
+        pieces = divide(read_files(files), val_share, max(500, min(PIECE, size // 100)))
+        make_shards(tokenize(pieces), folder, prefix, args.shards)
     elif args.tokenize:
-        # If the folder cannot be used, say so before 30 GB are downloaded.
-        claim(folder).rmdir()
         paths = download_raw(repo, args.version, folder / "raw", args.shards)
-        # None: first_shard_held_out() decides the split, once the tokens are counted.
-        documents = ((None, begins, text) for begins, text in read_files(paths))
-        stream = first_shard_held_out(tokenize(documents))
-        make_shards(stream, folder, prefix, args.shards)
-    elif (args.type, args.version) in READY:
-        repo, prefix = READY[args.type, args.version]
-        patterns = ["*.bin"]
-        if args.shards:
-            patterns = [f"*_{i:06d}.bin" for i in range(args.shards + 1)]
-        download(repo, patterns, folder)
+        # divide() holds nothing out: first_shard_held_out() does, once there are tokens to count.
+        pieces = divide(read_files(paths), val_share=0)
+        make_shards(first_shard_held_out(tokenize(pieces)), folder, prefix, args.shards)
     else:
-        parser.error("nobody has 100B tokens of FineWeb-Edu ready: add --tokenize, or -v 10B")
+        repo, prefix = READY[args.type, args.version]
+        download_ready(repo, folder, args.shards)
     say_what_next(folder, prefix)
 
 
 if __name__ == "__main__":
-    # A character of a folder's name that the terminal lacks is shown as a question mark.
-    sys.stdout.reconfigure(errors="replace")
-    try:
-        try:
-            main(sys.argv[1:])
-        finally:
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        # Whoever read our output, less or head, has left. Python's own flush must not fail, too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    # Ctrl-C, and a reader of our output that leaves (| head), end the program at once. Otherwise
+    # the hub's library would first download what it has begun, which can take hours.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    main(sys.argv[1:])

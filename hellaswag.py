@@ -39,14 +39,16 @@ another model (https://arxiv.org/abs/1905.07830). A small model knows little mor
 often go together, and in the wrong endings they do. So only a model that has learned something of
 what the words mean scores above chance.
 
-A score may be compared with a published one if both are of all the questions, in the same style,
-and, in completion style, of the same vocabulary:
+There are two styles of preparing a question. Compare only scores of the same style, and of all the
+questions:
 
-    completion   the texts as they are in the file, with lengths in tokens. The programs llm.c and
-                 build-nanogpt do the same; it is the default. `-m gpt2` must give acc_norm 0.2955.
+    completion   the texts as they are in the file, with lengths in tokens, so that models with
+                 other tokens cannot be compared. The programs llm.c and build-nanogpt do the same;
+                 it is the default. `-m gpt2` must give acc_norm 0.2955.
     --harness    as in lm-evaluation-harness, the program that most published models are scored
-                 with: the topic comes first ("Sharpening knives: He then takes ..."), marks left
-                 from web pages go, lengths are in characters. `-m gpt2` gives acc_norm 0.3114.
+                 with: the topic comes first ("Sharpening knives: He then takes ..."), marks such as
+                 [step] from web pages are removed, lengths are in characters. `-m gpt2` gives
+                 acc_norm 0.3114.
 """
 import argparse
 import json
@@ -59,7 +61,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == "__main__":
-    # Ctrl-C, and a reader of our output that leaves (| head), end the program quietly, without a
+    # Ctrl-C, and a reader of our output that leaves (| head), end the program at once, without a
     # traceback. This stands here because the import of PyTorch takes seconds.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if hasattr(signal, "SIGPIPE"):  # not on Windows
@@ -69,7 +71,7 @@ import numpy as np
 import requests
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 # The scores of others, and where they are from.
 # GPT-2 124M, 1558M: https://github.com/karpathy/build-nanogpt, in its hellaswag.py
@@ -87,7 +89,8 @@ acc       GPT-2: 124M 0.2892, 1558M 0.4004
 acc_norm  GPT-2: 124M 0.3114, 1558M 0.5089""",
 }
 
-# ---- 1. The questions ----------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# 1. The questions
 
 # This validation set is a file of questions, and has nothing to do with the validation shards of
 # fineweb.py. Everybody scores on it: the labels of HellaSwag's test set are kept secret.
@@ -99,19 +102,17 @@ SIZE = 10042  # questions in it
 def download():
     """Fetches the file at DATA_URL (12 MB) to DATA. On failure, exits with one line."""
     print(f"downloading {DATA_URL} to {DATA}")
-    # Runs that start together differ in process id, so none writes into another's file.
-    tmp = DATA.with_name(f"{DATA.name}.{os.getpid()}.tmp")
     try:
         answer = requests.get(DATA_URL, timeout=60)
         answer.raise_for_status()
-        DATA.parent.mkdir(parents=True, exist_ok=True)
-        # Under another name first: whatever happens here, a file that is named DATA is whole.
-        tmp.write_bytes(answer.content)
-        os.replace(tmp, DATA)
-    except (requests.RequestException, OSError) as e:
-        if tmp.exists():
-            tmp.unlink()
+    except requests.RequestException as e:
         sys.exit(f"error: {DATA_URL} cannot be had ({e}): try again, or put the file at {DATA}")
+    DATA.parent.mkdir(parents=True, exist_ok=True)
+    # Writing can be interrupted, so the file gets its name only when it is whole. The process's id
+    # keeps two runs that start together out of each other's file.
+    temporary = f"{DATA}.{os.getpid()}.tmp"
+    Path(temporary).write_bytes(answer.content)
+    os.replace(temporary, DATA)
 
 
 def load_questions(path=None, harness=False):
@@ -120,39 +121,27 @@ def load_questions(path=None, harness=False):
     A line is a question in JSON: ctx (the context), endings (four), label (the real one, 0 to 3).
     The harness style reads activity_label (the topic), ctx_a and ctx_b (ctx in two parts) instead
     of ctx. A bad file ends the program, with one line that says which of its lines is wrong."""
-    file = path or DATA
-    # Only the downloaded file may be removed: a user's own could be the only copy.
-    advice = "mend the file or give another --data"
-    if not path:
-        advice = "remove the file, and the next run downloads it again"
-        if not DATA.exists():
-            download()
-    try:
-        lines = Path(file).read_bytes().split(b"\n")
-    except (OSError, ValueError) as e:
-        sys.exit(f"error: {file} cannot be read ({e})")
+    if path is None and not DATA.exists():
+        download()
+    file = Path(path or DATA)
+    if not file.is_file():
+        sys.exit(f"error: {file} is no file of questions")
     questions = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
-            q = json.loads(line.decode("utf-8"))
-            # Some copies of the data have the label as text. int() would also take 1.7 for 1.
+            # json.loads() also takes bytes, and knows the mark that some editors put before them.
+            q = json.loads(line)
+            # Some copies of the data have the label as text. A label that is none fails here.
             q["label"] = ["0", "1", "2", "3"].index(str(q["label"]))
-            context, endings = question_texts(q, harness)
-            # JSON can spell half a character, \ud800, which no tokenizer can encode.
-            "".join([context, *endings]).encode("utf-8")
-            # An ending is predicted from the context, so neither may be empty.
-            empty = [text for text in [context, *q["endings"]] if not text.strip()]
-            if empty or not isinstance(q["endings"], list) or len(endings) != 4:
-                raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            needed = "activity_label, ctx_a, ctx_b (for --harness)" if harness else "ctx"
-            sys.exit(f"error: {file}, line {number} is no question with {needed}, four endings and "
-                     f"a label from 0 to 3: {advice}")
+            _, endings = question_texts(q, harness)
+            if len(endings) != 4:
+                raise ValueError(f"{len(endings)} endings")
+        except Exception as e:
+            sys.exit(f"error: {file}, line {number} is no question: {type(e).__name__}: {e}")
         questions.append(q)
-    if not questions or (not path and len(questions) != SIZE):
-        sys.exit(f"error: {file} has {len(questions)} questions, which cannot be all: {advice}")
+    if path is None and len(questions) != SIZE:
+        sys.exit(f"error: {file} has {len(questions)} questions instead of {SIZE}: remove it, and "
+                 "the next run downloads it again")
     return questions
 
 
@@ -204,11 +193,13 @@ def encode_question(q, encode, block_size, harness=False):
     norms = scored
     if harness:
         # Where cleaning leaves nothing of an ending, the harness divides by 0 and never picks it.
+        # Log-probabilities are negative, so that 1e-9 makes the mean a huge negative number.
         norms = [len(clean(ending)) or 1e-9 for ending in q["endings"]]
     return Item(rows, scored, norms, q["label"])
 
 
-# ---- 2. The score --------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# 2. The score
 
 # The plain way: run the model on the four rows of a question, look up the losses of the endings'
 # tokens, go on to the next question. (Each row reads the context anew: that is simple, and costs
@@ -222,25 +213,27 @@ TOKENS_PER_BATCH = 4096  # keeps a GPU busy; on a CPU, less would do as well
 
 
 @torch.no_grad()
-def score_batch(model, rows, scored):
+def score_batch(model, rows, scored, T):
     """Returns a tensor (B,): for each of B rows of token ids, the sum of the log-probabilities of
-    its last tokens, as many as scored says. T counts positions, N tokens to score, C features, and
-    V tokens in the vocabulary."""
+    its last tokens, as many as scored says. A row has T + 1 tokens at most, and log_probs() chooses
+    T so that few lengths occur. N tokens are to score, C features stand for a position, V tokens
+    are in the vocabulary."""
     # Short rows are filled up with zeros behind their end. A position never looks ahead, so they
     # change nothing before the end.
-    tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)  # (B, T + 1)
-    ends = torch.tensor([len(row) for row in rows])[:, None]  # (B, 1)
-    starts = ends - torch.tensor(scored)[:, None]
-    places = torch.arange(tokens.size(1))
-    wanted = (starts <= places) & (places < ends)  # (B, T + 1), true for each token to score
+    tokens = torch.zeros(len(rows), T + 1, dtype=torch.long)
+    wanted = torch.zeros(len(rows), T + 1, dtype=torch.bool)  # true for each token to score
+    for i, row in enumerate(rows):
+        tokens[i, :len(row)] = torch.tensor(row)
+        wanted[i, len(row) - scored[i]:len(row)] = True
     device = next(model.parameters()).device
     tokens, wanted = tokens.to(device), wanted.to(device)
-    # Token t + 1 is predicted at position t, so we drop the mask's first column: now it marks the
-    # positions whose predictions we need. As an index it picks these N places, row after row.
-    idx = tokens[:, :-1]  # (B, T)
+
+    # Token t + 1 is predicted at position t. So drop the mask's first column, which moves all marks
+    # one to the left, from the tokens to the positions that predict them. A mask as an index picks
+    # what is marked, N places, row after row.
     wanted = wanted[:, 1:]  # (B, T)
     targets = tokens[:, 1:][wanted]  # (N,)
-    x = model.features(idx)[wanted]  # (B, T, C) -> (N, C)
+    x = model.features(tokens[:, :-1])[wanted]  # (B, T) -> (B, T, C) -> (N, C)
     # For speed the head's width is a round number. Columns beyond the vocabulary are no tokens.
     logits = model.lm_head(x)[:, :model.config.vocab_size].float()  # (N, V)
     # Back to their places, so that the sum along a row is that of its ending.
@@ -249,30 +242,33 @@ def score_batch(model, rows, scored):
     return -losses.sum(dim=1)
 
 
-def log_probs(model, items, autocast, on_batch=None):
+def log_probs(model, items, autocast, progress=False):
     """Items -> NumPy array (len(items), 4): the log-probability of each ending.
 
-    The model needs features(idx), lm_head(features) and config.vocab_size. autocast() returns what
-    stands after `with`: torch.autocast, in which PyTorch calculates in bfloat16, or
-    contextlib.nullcontext, which changes nothing. on_batch(done, total) is called after each batch
-    with numbers of rows: to show progress, or to stop by raising an exception."""
+    The model needs features(idx), lm_head(features), config.vocab_size and config.block_size.
+    autocast() returns what stands after `with`: torch.autocast, in which PyTorch calculates in
+    bfloat16, or contextlib.nullcontext, which changes nothing. progress: show a bar."""
     rows = [row for item in items for row in item.rows]
     scored = [n for item in items for n in item.scored]
     sums = np.zeros(len(rows))
     # Longest first: if memory is too small for them, it shows at once and not at the end.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    # disable=None shows the bar on a terminal only: written to a file it would be a mess.
+    bar = tqdm(total=len(rows), unit=" endings", disable=None if progress else True)
     done = 0
     # One `with` around all batches: autocast converts the weights once, for all of them.
-    with autocast():
-        while done < len(order):
-            # The next row is the longest that is left, so the others are filled up to its length.
-            size = max(1, TOKENS_PER_BATCH // len(rows[order[done]]))
-            batch = order[done:done + size]
-            logp = score_batch(model, [rows[i] for i in batch], [scored[i] for i in batch])
+    with autocast(), bar:
+        while done < len(rows):
+            # The next row is the longest that is left, so it says how long the batch is. A GPU's
+            # fast attention (cuDNN's) has to prepare for each new length, which takes time. So we
+            # round up to a multiple of 32, but not beyond what the model can read.
+            longest = len(rows[order[done]]) - 1
+            T = min(math.ceil(longest / 32) * 32, model.config.block_size)
+            batch = order[done:done + max(1, TOKENS_PER_BATCH // T)]
+            logp = score_batch(model, [rows[i] for i in batch], [scored[i] for i in batch], T)
             sums[batch] = logp.cpu().numpy()
             done += len(batch)
-            if on_batch:
-                on_batch(done, len(rows))
+            bar.update(len(batch))
     return sums.reshape(len(items), 4)
 
 
@@ -288,29 +284,8 @@ def right_answers(logp, items):
     return int(by_sum.sum()), int(by_mean.sum())
 
 
-def accuracy(logp, items):
-    """log_probs' array and its items -> (acc, acc_norm), from 0 to 1."""
-    acc, acc_norm = right_answers(logp, items)
-    return acc / len(items), acc_norm / len(items)
-
-
-def interval(share, n):
-    """The questions are a sample, so a share of n of them has chance in it. In 95 % of samples the
-    true share lies in this interval (Wilson, 1927): 0.009 up and down for all 10,042, 0.09 for a
-    hundred. A difference between two models that is much smaller may be chance."""
-    z = 1.96  # standard deviations to both sides that hold 95 % of a normal distribution
-    middle = share + z * z / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return (middle - half) / scale, (middle + half) / scale
-
-
-# ---- 3. The command line -------------------------------------------------------------------------
-
-
-def show_progress(done, total):
-    print(f"\r{done} of {total} endings", end="" if done < total else "\n", file=sys.stderr)
-
+# -------------------------------------------------------------------------------------------------
+# 3. The command line
 
 def print_example(q, item, logp, harness):
     """Prints a question and its endings, with their losses. The mean chooses, as in acc_norm."""
@@ -324,20 +299,18 @@ def print_example(q, item, logp, harness):
 
 
 def main(argv):
+    """Scores the model that the command line names."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = parser.add_argument
-    flag("-m", "--model", required=True, help="a checkpoint, or gpt2, gpt2-medium, -large, -xl")
-    flag("--data", help="a file of questions (default: the validation set)")
-    flag("--limit", type=int, help="only the first LIMIT questions (default: all)")
-    flag("--harness", action="store_true", help="prepare and count as lm-evaluation-harness does")
-    flag("--examples", type=int, default=3, help="questions to show (default: 3)")
-    flag("--device", choices=["cuda", "mps", "cpu"], help="default: the first of these there is")
-    flag("--dtype", choices=["float32", "bfloat16"], help="default: the faster on this hardware")
-    parser.error = lambda message: sys.exit(f"error: {message}")
+    add = parser.add_argument
+    add("-m", "--model", required=True, help="a checkpoint, or gpt2, gpt2-medium, -large, -xl")
+    add("--data", help="a file of questions (default: the validation set)")
+    add("--limit", type=int, help="only the first LIMIT questions (default: all)")
+    add("--harness", action="store_true", help="prepare and count as lm-evaluation-harness does")
+    add("--examples", type=int, default=3, help="questions to show (default: 3)")
+    add("--device", choices=["cuda", "mps", "cpu"], help="default: the first of these there is")
+    add("--dtype", choices=["float32", "bfloat16"], help="default: the faster on this hardware")
     args = parser.parse_args(argv)
-    if args.limit is not None and args.limit < 1:
-        sys.exit(f"error: --limit {args.limit} leaves no questions: give at least 1")
 
     # Imported here and not above, since train_gpt2.py imports this file. Nothing above needs it.
     from train_gpt2 import load_model, load_tokenizer, pick_autocast, pick_device
@@ -345,29 +318,35 @@ def main(argv):
     questions = load_questions(args.data, args.harness)[:args.limit]
     device = pick_device(args.device)
     dtype, autocast = pick_autocast(args.dtype, device)
-    model, tokenizer = load_model(args.model, device)
-    encode, _ = load_tokenizer(tokenizer)
+    try:
+        model, tokenizer = load_model(args.model, device)
+        encode, _ = load_tokenizer(tokenizer)
+    except ModuleNotFoundError as e:
+        sys.exit(f"error: this takes one more package: pip install {e.name}")
+    except OSError as e:  # GPT-2's vocabulary or OpenAI's weights cannot be downloaded
+        reason = str(e).strip().splitlines()[0]
+        sys.exit(f"error: {reason}: go online once, or check HF_ENDPOINT and TIKTOKEN_CACHE_DIR")
     block_size = model.config.block_size
     items = [encode_question(q, encode, block_size, args.harness) for q in questions]
 
-    # A line that is written over and over is for a terminal, not for a file.
-    on_batch = show_progress if sys.stderr.isatty() else None
-    logp = log_probs(model, items, autocast, on_batch)
+    logp = log_probs(model, items, autocast, progress=True)
     if not np.isfinite(logp).all():
         sys.exit(f"error: {args.model} has no score, its losses are not numbers (nan or inf): its "
                  "training went wrong, so take an earlier checkpoint")
 
-    for i in range(min(args.examples, len(items))):
-        print_example(questions[i], items[i], logp[i], args.harness)
+    for q, item, sums in list(zip(questions, items, logp, strict=True))[:args.examples]:
+        print_example(q, item, sums, args.harness)
     style = "harness" if args.harness else "completion"
     print(f"---\n{args.model}, {dtype}, {style} style, {len(items)} questions")
-    for name, share in zip(("acc", "acc_norm"), accuracy(logp, items), strict=True):
-        low, high = interval(share, len(items))
-        print(f"{name:8}  {share:.4f} (95 % interval {low:.4f} to {high:.4f})")
+    for name, right in zip(("acc", "acc_norm"), right_answers(logp, items), strict=True):
+        share = right / len(items)
+        # The questions are a sample, so there is chance in a score. In 95 % of samples it is at
+        # most 1.96 standard deviations off: 0.009 for all 10,042 questions, 0.09 for a hundred.
+        # A difference between two models that is much smaller may be chance.
+        chance = 1.96 * math.sqrt(share * (1 - share) / len(items))
+        print(f"{name:8}  {share:.4f} +- {chance:.4f}")
     print(f"published, {style} style, all {SIZE} questions:\n{PUBLISHED[style]}")
 
 
 if __name__ == "__main__":
-    # A character of a question that the terminal lacks is shown as a question mark.
-    sys.stdout.reconfigure(errors="replace")
     main(sys.argv[1:])

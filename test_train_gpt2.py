@@ -1,13 +1,13 @@
 """
-Tests: first that it learns at all, then one section for each chapter of the project. Run them with
+Tests: first that it learns at all, then a section for each chapter. Run them with
 
     python -m pytest -q
 
 They need no GPU and no network, and take a few minutes. What needs a package that a user may not
 have skips and says so. Every run is made in an empty folder of its own, on a text made there.
 """
+
 import argparse
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -22,14 +22,12 @@ import resource
 import shlex
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
 import types
-import warnings
 from pathlib import Path
 
 import filelock
@@ -42,80 +40,56 @@ from torch import nn
 import fineweb
 import hellaswag
 import train_gpt2
-from train_gpt2 import GPT, GPTConfig, HeadLoss, TokenLoader
+from train_gpt2 import GPT, GPTConfig, HeadLoss, TokenLoader, main
 
 # No test may depend on a GPU. PyTorch reads this when it is first asked for one.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# The models are too small for more threads, which only wait for each other on a busy machine.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 # it may be relative, and every test changes the folder
 if "TIKTOKEN_CACHE_DIR" in os.environ:
     os.environ["TIKTOKEN_CACHE_DIR"] = os.path.abspath(os.environ["TIKTOKEN_CACHE_DIR"])
 
 SCRIPT = str(Path(train_gpt2.__file__).resolve())
 CPU = torch.device("cpu")
-# Windows has no SIGHUP
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-           if hasattr(signal, name)]
-# Under nohup or in the background of a script some of them are ignored, and started processes would
-# inherit that: begin with what a terminal has.
-for number in SIGNALS:
-    signal.signal(number, signal.SIG_DFL)
-signal.signal(signal.SIGINT, signal.default_int_handler)
-HANDLERS = {number: signal.getsignal(number) for number in SIGNALS}
-LOCKS = []  # those that runs of this process have made
-STARTED = []  # processes
+GPT2_ARCH = {"n_kv_head": 4, **train_gpt2.GPT2}
+TORCHRUN = "RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"  # what it sets
+STARTED = []  # processes that a test must not leave behind
+
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    """Every test begins in an empty folder, and leaves the handlers of signals as they were."""
-    def remember(path):
-        LOCKS.append(filelock.FileLock(path))
-        return LOCKS[-1]
-
+    """Every test begins in an empty folder, alone, and on a machine without a GPU of any kind."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    locks = types.SimpleNamespace(FileLock=remember, Timeout=filelock.Timeout)
-    monkeypatch.setattr(train_gpt2, "filelock", locks)
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
     yield
-    for number, handler in HANDLERS.items():
-        signal.signal(number, handler)
     while STARTED:
         with STARTED.pop() as process:
             process.kill()
 
-@pytest.fixture
-def corpus(tmp_path):
-    """Sums in words, a text that can be learned, as two training shards and one for validation.
 
-    Returns the flag that names them.
+@pytest.fixture
+def small(tmp_path):
+    """The flags of a run that takes a second. A flag that is added wins over the same one here.
+
+    It learns sums in words, from two shards; another one validates. It is a shrunken d12 and not
+    tiny, because tiny prints only every 20th step.
     """
     rng = np.random.default_rng(0)
     for name, lines in ("train_000001", 2000), ("train_000002", 900), ("val_000000", 400):
         text = "".join(f"{a} plus {b} is {a + b}.\n" for a, b in rng.integers(0, 100, (lines, 2)))
         ids = np.concatenate(([256], np.frombuffer(text.encode(), np.uint8)))
         fineweb.write_shard(tmp_path / f"sums_{name}.bin", ids, 257)
-    return f"--input_bin={tmp_path}/sums_train_*.bin"
-
-@pytest.fixture
-def small(corpus):
-    """The flags of a run that takes a second. A flag that is added wins over the same one here.
-
-    It is a shrunken d12 and not tiny, because tiny prints only every 20th step.
-    """
     return [
-        "--model=d12", "--n_layer=2", "--n_head=4", "--n_embd=32", "--sequence_length=32",
-        "--total_batch_size=512", "--num_iterations=6", "--val_loss_every=3", "--val_tokens=2048",
-        "--dtype=float32", "--device=cpu", "--output_dir=log", corpus,
+        "--model=d12", "--n_layer=2", "--n_head=4", "--n_kv_head=2", "--n_embd=32",
+        "--sequence_length=32", "--total_batch_size=512", "--num_iterations=6",
+        "--val_loss_every=3", "--val_tokens=2048", "--dtype=float32", "--device=cpu",
+        "--output_dir=log", f"--input_bin={tmp_path}/sums_train_*.bin",
     ]
 
-RESUME = ["--resume", "--output_dir=log", "--device=cpu"]
-
-def main(argv):
-    """train_gpt2.main(argv), which then lets go of its folder as if the process had ended."""
-    try:
-        return train_gpt2.main(argv)
-    finally:
-        while LOCKS:
-            LOCKS.pop().release(force=True)
 
 def fails(argv, capsys, *messages, main=main):
     """main(argv) ends in one line that has all the messages. Returns what was printed before."""
@@ -127,59 +101,58 @@ def fails(argv, capsys, *messages, main=main):
         assert message in line, line
     return capsys.readouterr().out
 
-def environment(**changes):
-    """os.environ for a process of its own. One thread: tests are too small for more."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", **changes}
 
-def run(*args, python=(), code=0, script=SCRIPT, **env):
-    """The script in a process of its own, which has to end with this exit code."""
-    done = subprocess.run([sys.executable, *python, script, *args], capture_output=True, text=True,
-                          env=environment(**env), timeout=300)
+def python(*command, code=0):
+    """The command in a process of its own, which has to end with this exit code."""
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr
     return done
 
-def torchrun(processes, *args, script=SCRIPT):
-    """The script in several processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return run(*args, python=launcher, script=script)
 
-def start(*args, patch="", **env):
-    """Starts the script in a process of its own, after some code that changes what it uses."""
-    folder = str(Path(SCRIPT).parent)
-    code = f"import runpy, sys; sys.path.insert(0, {folder!r}); sys.argv[0] = ''\n{patch}\n"
-    code += f"runpy.run_path({SCRIPT!r}, run_name='__main__')"
-    STARTED.append(subprocess.Popen(
-        [sys.executable, "-c", code, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env=environment(**env)))
-    return STARTED[-1]
+def changed_script(change):
+    """Writes a script that is train_gpt2.py after some lines of code that change what it uses."""
+    Path("changed.py").write_text(
+        f"import os, signal, sys; sys.path.insert(0, {str(Path(SCRIPT).parent)!r})\n"
+        f"import torch, train_gpt2\n{change}\nsys.exit(train_gpt2.main(sys.argv[1:]))\n")
+    return "changed.py"
+
 
 def log_of(folder="log", kind="trl"):
     """{step: loss} out of a folder's main.log. A step that was run twice counts the second time."""
     log = Path(folder, "main.log").read_text("utf-8")
     return {int(s): float(loss) for s, loss in re.findall(rf"^s:(\d+) {kind}:(\S+)", log, re.M)}
 
+
 def load(path):
     return torch.load(path, weights_only=True)
+
 
 def assert_same_run(a, b):
     """Two folders have the same losses, and checkpoints with the same weights, to the last bit."""
     for kind in "trl", "tel":
         assert log_of(a, kind) == log_of(b, kind)
     for name in "last.pt", "best.pt":
-        weights = load(f"{b}/{name}")["model"]
-        for key, w in load(f"{a}/{name}")["model"].items():
-            assert torch.equal(w, weights[key]), key
+        one, other = load(f"{a}/{name}")["model"], load(f"{b}/{name}")["model"]
+        assert all(torch.equal(one[key], other[key]) for key in one)
 
-def tiny_model(**changes):
-    shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 32, "vocab_size": 100}
+
+def tiny_model(shake=0.0, **changes):
+    """A small random model. shake: moves its weights, so that no gain is 1 and no bias 0."""
+    shape = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "block_size": 32}
     torch.manual_seed(0)
-    return GPT(GPTConfig(**{**shape, **changes}))
+    model = GPT(GPTConfig(**{**shape, "vocab_size": 100, **changes}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(shake * torch.randn_like(p))
+    return model
 
-def random_ids(*shape):
-    return torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(1))
 
-GPT2_ARCH = {"n_kv_head": 4, **train_gpt2.GPT2}
+def random_ids(*shape, below=100):
+    return torch.randint(0, below, shape, generator=torch.Generator().manual_seed(1))
+
+
 both_archs = pytest.mark.parametrize("arch", [{}, GPT2_ARCH], ids=["variant", "GPT-2"])
+
 
 # -------------------------------------------------------------------------------------------------
 # 0. The whole
@@ -191,16 +164,20 @@ def test_overfits_a_single_batch(small):
     losses = log_of()
     assert abs(losses[0] - math.log(257)) < 0.5 and losses[39] < 0.05, losses
 
+
 def test_default_run(capsys, monkeypatch):
-    """python train_gpt2.py, shortened: what a newcomer sees, and what is left behind."""
+    """python train_gpt2.py: how well it learns, what a newcomer sees, and what is left behind."""
     monkeypatch.setitem(train_gpt2.PEAK_FLOPS, "cpu", 1e11)
-    main(["--num_iterations=30", "--val_loss_every=15", "--val_tokens=65536", "--output_dir=log"])
+    assert main([]) == 0
     out = capsys.readouterr().out
-    assert "828,800 parameters, 787,840 without embeddings" in out
-    assert out.count("--- a sample after") == 3 and "first step done" in out
+    assert "828,800 parameters" in out and out.count("--- a sample after") == 4
+    validations = log_of("logtiny", "tel")
+    assert list(validations) == [0, 200, 400, 600] and validations[600] < 1.20
+    # what GPT.__init__() says of the untrained model: below ln 257 = 5.55, as the table is tied
+    assert validations[0] == pytest.approx(5.22, abs=0.1)
     # the console and main.log agree, line by line
-    log = []
-    for s, line in re.findall(r"^step +(\d+)/30 \| (.*)", out, re.M):
+    log = ["s:0 flags:0 "]
+    for s, line in re.findall(r"^step +(\d+)/600 \| (.*)", out, re.M):
         words = line.split()
         if words[0] == "val":
             log.append(f"s:{s} tel:{words[2]}")
@@ -209,85 +186,49 @@ def test_default_run(capsys, monkeypatch):
             # 6 FLOP a weight and token, and attention's 12 C T a layer
             share = float(words[12].replace(",", "")) * (6 * 828_800 + 12 * 4 * 128 * 128) / 1e11
             assert words[15] == "MFU" and abs(float(words[16][:-1]) - 100 * share) < 0.1
-    assert Path("log/main.log").read_text("utf-8").splitlines() == log
-    validations = log_of("log", "tel")
-    assert list(validations) == [0, 15, 30] and list(log_of()) == [0, 20, 29]
-    assert abs(validations[0] - math.log(257)) < 0.5 and validations[30] < 3
-    # what it names next
-    following = re.findall(r"^    python (.*)", out, re.M)
-    assert following[1:] == ["fineweb.py --shards 10", "train_gpt2.py --model d12"]
-    main(shlex.split(following[0])[1:])
+    assert Path("logtiny/main.log").read_text("utf-8").splitlines() == log
+    # what it names next works
+    sample, shards = re.findall(r"^    python (.*)", out, re.M)
+    assert shards == "fineweb.py --shards 10"
+    main(shlex.split(sample)[1:])
     assert capsys.readouterr().out.startswith("def ")
-    fails(["--model", "d12"], capsys, "fineweb10B/fineweb_train_*.bin", "`python fineweb.py`")
+    # and so do the three lines for a notebook at the head of section 5
+    text = Path(SCRIPT).read_text("utf-8").split("\n# 5. ")[1].split("\ndef ")[0]
+    *lines, evaluate = re.findall("^#     (.*)", text, re.M)
+    exec("\n".join(lines), names := dict(vars(train_gpt2)))
+    assert eval(evaluate, names) == pytest.approx(validations[600], abs=0.2)
+
 
 # -------------------------------------------------------------------------------------------------
 # 1. The model
 
-@pytest.mark.parametrize("flags, everything, blocks", [
-    ("--model=tiny", 828_800, 787_840),
-    ("--model=d12", 116_510_976, 77_877_504),
-    ("--model=d24", 329_961_472, 278_450_176),
-    ("--model=d36", 719_191_808, 654_802_688),
-    ("--model=d48", 1_560_122_944, 1_479_636_544),
+@pytest.mark.parametrize("flags, count", [
+    ("--model=tiny", 828_800), ("--model=d12", 116_510_976), ("--model=d24", 329_961_472),
+    ("--model=d36", 719_191_808), ("--model=d48", 1_560_122_944),
     # OpenAI's number, and 47 rows that pad the vocabulary
-    ("--model=d12 --arch=gpt2", 124_439_808 + 47 * 768, 85_056_000),
+    ("--model=d12 --arch=gpt2", 124_439_808 + 47 * 768),
 ])
-def test_parameter_counts(flags, everything, blocks):
+def test_parameter_counts(flags, count):
     args, _ = train_gpt2.parse_args(flags.split())
     shape = {name: getattr(args, name) for name in vars(GPTConfig()) if name in args}
     vocab_size = 257 if args.model == "tiny" else 50257
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=vocab_size, block_size=args.sequence_length, **shape))
-    assert model.num_params() == (everything, blocks)
+    assert sum(p.numel() for p in model.parameters()) == count
 
-def to_transformers(model):
-    """Our weights in the class of the transformers library that computes the same."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = model.config
-    ours = model.state_dict()
-    vocab_size = len(ours["lm_head.weight"])
-    state = {}
-    if config.pos == "learned":
-        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-            vocab_size=vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
-            n_layer=config.n_layer, n_head=config.n_head))
-        for name in theirs.state_dict():
-            # queries, keys and values are one matrix there, and matrices are (in, out)
-            parts = ("c_q", "c_k", "c_v") if "c_attn" in name else ("c_attn",)
-            w = torch.cat([ours[name.replace("c_attn", part)] for part in parts])
-            state[name] = w.T if ".h." in name and w.dim() == 2 else w
-    else:
-        kind = "Qwen3" if config.qk_norm else "Llama"
-        theirs = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(
-            vocab_size=vocab_size, hidden_size=config.n_embd, num_hidden_layers=config.n_layer,
-            intermediate_size=len(ours["transformer.h.0.mlp.c_up.weight"]), rms_norm_eps=1e-6,
-            num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
-            head_dim=config.n_embd // config.n_head, max_position_embeddings=config.block_size,
-            rope_theta=10000.0, tie_word_embeddings=True))
-        renamed = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm",
-                   "transformer.h": "model.layers", "ln_1": "input_layernorm", ".c_": ".",
-                   "ln_2": "post_attention_layernorm", "attn.proj": "attn.o", "attn": "self_attn"}
-        for name, w in ours.items():
-            for old, new in renamed.items():
-                name = name.replace(old, new)
-            name = re.sub(r"\.(q|k|v|o|gate|up|down)\.", r".\1_proj.", name)
-            state[name.replace("post_self_attn", "post_attn")] = w
-    theirs.load_state_dict(state)
-    return theirs.eval()
 
 @pytest.mark.parametrize("arch", [GPT2_ARCH, {"qk_norm": False}, {}, {"n_kv_head": 1}],
                          ids=["GPT-2", "Llama", "Qwen3", "Qwen3, one key/value head"])
 def test_logits_equal_those_of_transformers(arch):
     """The same weights, gains and biases included, give the same logits there."""
-    model = tiny_model(n_embd=64, block_size=64, **arch)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    x = random_ids(2, 64)
-    ours = model(x)[..., :100]
-    theirs = to_transformers(model)(x).logits[..., :100]
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    model = tiny_model(shake=0.1, n_embd=64, **arch)
+    theirs = train_gpt2.to_transformers(model.config, model.state_dict()).eval()
+    assert type(theirs).__name__.startswith(("GPT2", "Llama", "Qwen3"))
+    ours = model(random_ids(2, 32))[..., :100]
     # close to zero the comparison would mean little
-    assert ours.std() > 0.5 and (ours - theirs).abs().max() < 1e-4
+    assert ours.std() > 0.5 and (ours - theirs(random_ids(2, 32)).logits).abs().max() < 1e-4
+
 
 @pytest.mark.parametrize("switch", [
     {"norm": "layernorm"}, {"mlp": "gelu"}, {"pos": "learned"}, {"n_kv_head": 4}, {"bias": True},
@@ -302,6 +243,16 @@ def test_each_switch_changes_the_model(switch):
             elif name in base.state_dict() and p.shape == base.get_parameter(name).shape:
                 p.copy_(base.get_parameter(name))
     assert not torch.allclose(base(random_ids(2, 32)), other(random_ids(2, 32)), atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"norm": "rms"}, {"mlp": "relu2"}, {"pos": "none"}, {"n_head": 5}, {"n_kv_head": 3},
+    {"n_embd": 36}], ids=str)
+def test_what_no_config_can_be(wrong):
+    """A checkpoint with a switch that we do not know must not open as something else."""
+    with pytest.raises(ValueError):
+        GPTConfig(**{"n_head": 4, "n_kv_head": 2, "n_embd": 32, **wrong})
+
 
 def test_rope_depends_on_distance_alone():
     """One query and one key at all times: the score depends on their distance, whatever the head.
@@ -319,6 +270,7 @@ def test_rope_depends_on_distance_alone():
         assert torch.allclose(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4)
     assert scores[:, 0].std() > 0.1
 
+
 @pytest.mark.parametrize("pos", ["rope", "learned"])
 def test_the_model_knows_the_order_of_words(pos):
     """One layer without positions would see the words before the last as a set."""
@@ -329,6 +281,7 @@ def test_the_model_knows_the_order_of_words(pos):
     a, b = model(torch.tensor([[3, 14, 15, 92, 65, 35], [14, 3, 65, 92, 15, 35]]))[:, -1, :100]
     assert (a - b).abs().max() > 1e-3
 
+
 @both_archs
 def test_no_position_sees_the_future(arch):
     model = tiny_model(**arch)
@@ -337,6 +290,7 @@ def test_no_position_sees_the_future(arch):
     x[0, 20] = (x[0, 20] + 1) % 100
     b = model(x)[0, :, :100]
     assert torch.equal(a[:20], b[:20]) and not torch.allclose(a[20:], b[20:])
+
 
 def test_attention_stores_no_square_matrix():
     """No step of a forward and backward pass has a (T, T) tensor."""
@@ -348,10 +302,12 @@ def test_attention_stores_no_square_matrix():
     shapes = [shape for event in events for shape in event.input_shapes if shape]
     assert [2, 80] in shapes and not [shape for shape in shapes if shape[-2:] == [80, 80]]
 
+
 class LooksLikeCuda(torch.Tensor):
     """A tensor in the computer's memory that says it is on a GPU."""
 
     device = torch.device("cuda")
+
 
 @pytest.mark.parametrize("dtype, heads", [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_attention_on_a_gpu(dtype, heads, monkeypatch):
@@ -371,9 +327,10 @@ def test_attention_on_a_gpu(dtype, heads, monkeypatch):
     assert seen == [(4, heads, heads, dtype)]
     assert torch.allclose(y.as_subclass(torch.Tensor), grouped, atol=1e-6)
 
+
 def test_initial_weights():
     """N(0, 0.02^2), what writes into the residual stream less, and so a first loss of ln V."""
-    model = tiny_model(n_layer=8, n_embd=128, **train_gpt2.GPT2)
+    model = tiny_model(n_layer=8, n_embd=128, **GPT2_ARCH)
     for name, p in model.named_parameters():
         if p.dim() == 1:
             assert (p == (0 if name.endswith("bias") else 1)).all(), name
@@ -383,12 +340,13 @@ def test_initial_weights():
     x = random_ids(8, 33)
     assert abs(model(x[:, :-1], x[:, 1:]).item() - math.log(100)) < 0.1
 
+
 # -------------------------------------------------------------------------------------------------
 # 2. The loss
 
-@pytest.mark.parametrize("rows", [13, 1000])
+@pytest.mark.parametrize("rows", [13, 48, 1000])
 def test_head_loss_is_cross_entropy(rows, monkeypatch):
-    """The value and both gradients, in slices that do not divide the batch."""
+    """The value and both gradients, whatever the slices."""
     monkeypatch.setattr(train_gpt2, "HEAD_ROWS", rows)
     torch.manual_seed(0)
     x = torch.randn(96, 8, requires_grad=True)
@@ -403,12 +361,14 @@ def test_head_loss_is_cross_entropy(rows, monkeypatch):
     with torch.no_grad():
         assert torch.equal(3 * HeadLoss.apply(x, w, targets, 100), ours)
 
+
 def test_head_loss_of_a_sure_token():
     """In bf16 the gradient of a token that the model is almost sure of does not vanish."""
     x = torch.tensor([[8.0]], dtype=torch.bfloat16, requires_grad=True)
     w = torch.tensor([[1.0], [0.0]], requires_grad=True)
     HeadLoss.apply(x, w, torch.tensor([0]), 2).backward()
     assert x.grad.item() == pytest.approx(-math.exp(-8), rel=0.02)
+
 
 def test_head_loss_keeps_no_logits(monkeypatch):
     """What it keeps for the backward pass is as large as x and the weight, not (N, V)."""
@@ -420,6 +380,7 @@ def test_head_loss_keeps_no_logits(monkeypatch):
         HeadLoss.apply(x, w, torch.zeros(512, dtype=torch.long), 4096)
     assert sorted(kept) == [512 * 8, 4096 * 8]
 
+
 def test_padding_gets_no_probability():
     """A vocabulary of 100 is padded to 128: those ids are never predicted, and learn nothing."""
     model = tiny_model()
@@ -430,6 +391,7 @@ def test_padding_gets_no_probability():
     assert logits.shape[-1] == 128 and (logits[..., 100:] == -math.inf).all()
     model(x, x).backward()
     assert not model.lm_head.weight.grad[100:].any() and model.lm_head.weight.grad[:100].any()
+
 
 @both_archs
 def test_the_model_compiles_to_one_graph(arch, monkeypatch):
@@ -451,6 +413,7 @@ def test_the_model_compiles_to_one_graph(arch, monkeypatch):
     for p, gradient in zip(model.parameters(), plain, strict=True):
         assert torch.allclose(p.grad, gradient, atol=1e-6)
 
+
 # -------------------------------------------------------------------------------------------------
 # 3. The data
 
@@ -461,6 +424,7 @@ def counting_shards(sizes, T, seed=None):
         fineweb.write_shard(f"count_train_{i:06d}.bin", np.arange(starts[i], starts[i] + n))
     return TokenLoader("count_train_*.bin", T, seed)
 
+
 @pytest.mark.parametrize("seed", [None, 7])
 def test_every_token_once_an_epoch(seed):
     """Every token is a target once, but for a shard's first and its last few; never across shards.
@@ -470,7 +434,6 @@ def test_every_token_once_an_epoch(seed):
     sizes = (1000, 333, 64, 10, 777)
     loader = counting_shards(sizes, 16, seed)
     assert loader.total == sum((n - 1) // 16 for n in sizes)
-    assert isinstance(loader.shards[0], np.memmap) and loader.shards[0].dtype == np.dtype("<u2")
     seen = []
     for first in range(0, loader.total, 5):
         x, y = loader.batch(first, min(5, loader.total - first), CPU)
@@ -481,6 +444,7 @@ def test_every_token_once_an_epoch(seed):
     expected = [start + i for start, n in zip(starts, sizes, strict=False)
                 for i in range(1, (n - 1) // 16 * 16 + 1)]
     assert sorted(seen) == expected and (seen == expected) == (seed is None)
+
 
 def test_epochs_are_shuffled_anew():
     """Each epoch and each seed has an order of its own, and any process finds the same one."""
@@ -497,6 +461,7 @@ def test_epochs_are_shuffled_anew():
     x, _ = loader.batch(loader.total - 2, 4, CPU)
     assert x[:, 0].tolist() == epoch(0)[-2:] + epoch(1)[:2]
 
+
 def test_the_example_in_the_docstring_is_true():
     """Shards of 3 and 2 sequences. If shard 1 comes first, numbers 2, 3, 4 are in shard 0."""
     orders = [train_gpt2.permutation(2, seed, 0).tolist() for seed in range(20)]
@@ -506,6 +471,7 @@ def test_the_example_in_the_docstring_is_true():
     assert loader.locate(4)[1] == train_gpt2.permutation(3, seed, 0, 0)[2]
     assert loader.locate(5)[0] == train_gpt2.permutation(2, seed, 1)[0]
 
+
 @pytest.mark.parametrize("vocab_size, tokenizer", [(257, "bytes"), (50257, "gpt2"), (0, "gpt2")])
 def test_a_shard_says_which_vocabulary_it_has(vocab_size, tokenizer):
     """0 is what llm.c's shards have there."""
@@ -513,35 +479,6 @@ def test_a_shard_says_which_vocabulary_it_has(vocab_size, tokenizer):
     loader = TokenLoader("a_train_*.bin", 16)
     assert (loader.vocab_size, loader.tokenizer) == (vocab_size or 50257, tokenizer)
 
-def shard(magic=20240520, version=1, count=5000, vocab_size=257, length=5000, token=1):
-    header = np.zeros(256, "<i4")
-    header[:4] = magic, version, count, vocab_size
-    return header.tobytes() + np.full(length, token, "<u2").tobytes()
-
-@pytest.mark.parametrize("content, message", [
-    (b"", "too short for a token shard"),
-    (shard()[:500], "too short for a token shard"),
-    (shard(magic=42), "no token shard"),
-    (shard(version=2), "of another version"),
-    (shard(length=4990), "truncated"),
-    (shard(length=5001), "overlong"),
-    (shard(count=0, length=0), " 0 sequences of 32 tokens"),
-    (shard(count=100, length=100), " 3 sequences of 32 tokens"),
-    (shard(vocab_size=300), "300"),
-    (shard(vocab_size=0), "of different vocabularies"),
-    (shard(token=257), "holds id 257, outside the 257 of its vocabulary"),
-], ids=["empty file", "half a header", "magic", "version", "truncated", "overlong", "no tokens",
-        "too few tokens", "vocabulary", "validation has another", "token id"])
-def test_bad_shards(content, message, small, capsys):
-    Path("sums_train_000001.bin").unlink()
-    Path("sums_train_000002.bin").write_bytes(content)
-    fails(small, capsys, message, "sums_train_")
-    assert not Path("log/last.pt").exists()
-
-def test_shards_of_two_vocabularies_are_not_mixed(small, capsys):
-    """Bytes and GPT-2's tokens under one pattern would be taken for one language."""
-    Path("sums_train_000000.bin").write_bytes(shard(vocab_size=0))
-    fails(small, capsys, "vocabular")
 
 # -------------------------------------------------------------------------------------------------
 # 4. The optimizer
@@ -558,16 +495,27 @@ def test_schedules():
     assert rates(0, 350, 700, 700 + 6100, 700 + 9150, 19000) == pytest.approx(wanted)
     args.schedule = "wsd"
     assert rates(0, 350, 700, 5700, 12350, 19000) == pytest.approx([0.1, 0.55, 1, 1, 0.5, 0])
-    # a short run warms up for a tenth of it, a very short one not at all
-    args.num_iterations = 100
-    assert rates(0, 5, 10, 30, 65) == pytest.approx([0.1, 0.55, 1, 1, 0.5])
-    args.num_iterations = 6
-    assert rates(0) == [1]
+    args.schedule = "linear"
+    with pytest.raises(ValueError):
+        train_gpt2.get_lr(18000, args)
+
+
+def test_the_rates_in_the_docstring():
+    """What d12 gets at some of its steps, by both recipes."""
+    table = train_gpt2.get_lr.__doc__
+    steps = [int(step.replace(",", "")) for step in re.search(r"step +(.*)", table)[1].split()]
+    rows = re.findall(r"--recipe (\w+) +\(\w+\) +(.*)", table)
+    assert len(rows) == 2 and len(steps) == 4
+    for recipe, shown in rows:
+        args, _ = train_gpt2.parse_args(["--model=d12", f"--recipe={recipe}"])
+        rates = [float(f"{train_gpt2.get_lr(step, args):.1e}") for step in steps]
+        assert rates == [float(rate) for rate in shown.split()]
+
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_what_each_optimizer_has(optimizer):
     """Vectors do not decay, Muon has the matrices of the blocks alone, nothing is left out."""
-    model = tiny_model(**train_gpt2.GPT2)
+    model = tiny_model(**GPT2_ARCH)
     args = argparse.Namespace(optimizer=optimizer, learning_rate=1e-3, weight_decay=0.1)
     found = {}
     for one in train_gpt2.make_optimizers(model, args, "float32"):
@@ -580,346 +528,81 @@ def test_what_each_optimizer_has(optimizer):
         assert found.pop(p) == (kind, 0.1 if p.dim() == 2 else 0.0), name
     assert not found
 
+
+def three_steps(weights, make):
+    """Weights after three steps of the optimizer that make(parameters) returns.
+
+    A weight's gradients depend on the step and on itself, and on no other weight.
+    """
+    params = [nn.Parameter(w.clone()) for w in weights]
+    optimizer = make(params)
+    for step in range(3):
+        for p in params:
+            torch.manual_seed(step)
+            p.grad = torch.randn_like(p) + (5 * p.detach()).sin()
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
 def test_muon_is_pytorchs():
     """Three steps with matrices of one shape together are those of torch.optim.Muon, one by one."""
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("this PyTorch has no Muon")
     torch.manual_seed(0)
     begin = [torch.randn(shape) for shape in [(48, 48), (48, 48), (24, 48), (128, 48), (48, 128)]]
-    ours = [torch.nn.Parameter(p.clone()) for p in begin]
-    theirs = [torch.nn.Parameter(p.clone()) for p in begin]
-    a = train_gpt2.Muon(ours, 0.01, 0.1)
-    b = torch.optim.Muon(theirs, 0.01, 0.1, 0.95, adjust_lr_fn="match_rms_adamw")
-    for _ in range(3):
-        for p, q in zip(ours, theirs, strict=True):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        a.step()
-        b.step()
+    ours = three_steps(begin, lambda params: train_gpt2.Muon(params, 0.01, 0.1))
+    theirs = three_steps(begin, lambda params: torch.optim.Muon(
+        params, 0.01, 0.1, 0.95, adjust_lr_fn="match_rms_adamw"))
     for p, q, first in zip(ours, theirs, begin, strict=True):
         # as close as bf16 gets: small beside the way that they have gone
         assert (p - q).norm() < 0.05 * (q - first).norm()
 
-def test_orthogonalize():
+
+def test_muon_does_not_depend_on_its_groups(monkeypatch):
+    """20 matrices of a shape are more than go together: the same as if each were alone."""
+    sizes = []
+    real = train_gpt2.orthogonalize
+    monkeypatch.setattr(train_gpt2, "orthogonalize", lambda m: sizes.append(len(m)) or real(m))
+
+    def make(params):
+        return train_gpt2.Muon(params, 0.01, 0.1, dtype=torch.float32)
+
+    torch.manual_seed(0)
+    begin = list(torch.randn(20, 8, 24))
+    together = three_steps(begin, make)
+    assert max(sizes) < 20
+    for weight, after in zip(begin, together, strict=True):
+        assert torch.allclose(three_steps([weight], make)[0], after, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows, cols", [(32, 64), (64, 32)])
+def test_orthogonalize(rows, cols):
     """Whatever the singular values were, they are about 1, and the directions are the same."""
     torch.manual_seed(0)
-    u, _, vh = torch.linalg.svd(torch.randn(3, 32, 64), full_matrices=False)
+    u, _, vh = torch.linalg.svd(torch.randn(3, rows, cols), full_matrices=False)
     X = train_gpt2.orthogonalize(100 * u @ torch.diag(torch.logspace(0, -1.5, 32)) @ vh)
     values = torch.linalg.svdvals(X)
     assert 0.65 < values.min() and values.max() < 1.25, values
     assert ((u.mT @ X @ vh.mT).diagonal(dim1=1, dim2=2) > 0.6).all()
 
-COMMON = dict(sequence_length=1024, total_batch_size=524288, num_iterations=19073,
-              warmup_iters=250, val_loss_every=250, log_every=1, compile=None)
-TODAY = dict(optimizer="muon", schedule="wsd", weight_decay=0.1, norm="rmsnorm", mlp="swiglu",
-             pos="rope", qk_norm=True, bias=False, n_kv_head=0)
-GPT2_D12 = dict(norm="layernorm", mlp="gelu", pos="learned", qk_norm=False, bias=True, n_kv_head=12)
-ORIGINAL = dict(optimizer="adamw", schedule="cosine", warmup_iters=715, qk_norm=False)
-
-@pytest.mark.parametrize("flags, values", [
-    ("", dict(
-        TODAY, model="tiny", n_layer=4, n_head=4, n_embd=128, learning_rate=4e-3,
-        sequence_length=128, total_batch_size=2048, num_iterations=600, warmup_iters=20,
-        val_loss_every=200, log_every=20, compile=False, output_dir=Path("logtiny"))),
-    ("--model=d12", dict(COMMON, **TODAY, n_layer=12, n_head=12, n_embd=768, learning_rate=2.4e-3,
-                         output_dir=Path("log124M"))),
-    ("--model=d24", dict(COMMON, **TODAY, n_layer=24, n_head=16, n_embd=1024, learning_rate=1.2e-3,
-                         output_dir=Path("log350M"))),
-    ("--model=d36", dict(COMMON, **TODAY, n_layer=36, n_head=20, n_embd=1280, learning_rate=1e-3,
-                         output_dir=Path("log774M"))),
-    ("--model=d48", dict(COMMON, **TODAY, n_layer=48, n_head=25, n_embd=1600, learning_rate=8e-4,
-                         output_dir=Path("log1558M"))),
-    ("--model=d12 --arch=gpt2", GPT2_D12),
-    ("--model=d12 --arch=gpt2 --pos=rope --qk_norm --n_kv_head=3",
-     dict(GPT2_D12, pos="rope", qk_norm=True, n_kv_head=3)),
-    ("--model=d12 --recipe=original", dict(ORIGINAL, learning_rate=1.2e-3, weight_decay=0.1)),
-    ("--model=d24 --recipe=original", dict(ORIGINAL, learning_rate=6e-4)),
-    ("--model=d48 --recipe=original", dict(ORIGINAL, learning_rate=4e-4)),
-    ("--model=d12 --recipe=original --optimizer=muon --learning_rate=0.5 --qk_norm",
-     dict(ORIGINAL, optimizer="muon", learning_rate=0.5, qk_norm=True)),
-    ("--init_from=gpt2", dict(
-        GPT2_D12, n_layer=12, optimizer="adamw", learning_rate=3e-5, warmup_iters=0,
-        total_batch_size=32768, output_dir=Path("log_gpt2"))),
-])
-def test_presets_and_recipes(flags, values):
-    """Value by value; and a flag beside a preset, --arch or --recipe wins."""
-    args, _ = train_gpt2.parse_args(flags.split())
-    assert {name: getattr(args, name) for name in values} == values
-
-def test_accumulation_equals_one_large_batch(small):
-    """The same losses and gradients, however many sequences there are in a micro-batch."""
-    for size in 16, 4, 1:
-        main([*small, "--optimizer=adamw", f"--batch_size={size}", f"--output_dir=log{size}"])
-    for kind in "trl", "tel", r"trl:\S+ lr:\S+ norm":
-        one = log_of("log16", kind)
-        assert len(one) == (3 if kind == "tel" else 6)
-        assert log_of("log4", kind) == pytest.approx(one, rel=1e-4)
-        assert log_of("log1", kind) == pytest.approx(one, rel=1e-4)
-
-def test_gradients_are_clipped(small, monkeypatch):
-    """Where a gradient is longer than 1, the optimizers get it at length 1."""
-    real = train_gpt2.Muon.step
-    lengths = []
-
-    def step(self):
-        gradients = [p.grad.norm().item() for p in self.param_groups[0]["params"]]
-        lengths.append(math.hypot(*gradients))
-        real(self)
-
-    monkeypatch.setattr(train_gpt2.Muon, "step", step)
-    main([*small, "--n_embd=128"])
-    assert max(log_of("log", r"trl:\S+ lr:\S+ norm").values()) > 2 and max(lengths) <= 1
 
 # -------------------------------------------------------------------------------------------------
-# 5. Checkpoints
+# 5. Evaluate and sample
 
-class Crash(Exception):
-    """Ends a run as a power cut would, where a test wants it."""
-
-def crash(small, monkeypatch, when):
-    """Begins a run that ends right after the step `when`, of which nothing is saved."""
-    real = train_gpt2.Run.report_step
-
-    def report_step(self, *args):
-        real(self, *args)
-        if self.step == when:
-            raise Crash
-
-    with monkeypatch.context() as patch, contextlib.suppress(Crash):
-        patch.setattr(train_gpt2.Run, "report_step", report_step)
-        main(small)
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resume_is_exact(small, optimizer, monkeypatch):
-    """A run that crashed and was resumed has the losses of one that did not, and its weights."""
-    small += [f"--optimizer={optimizer}", "--num_iterations=8", "--batch_size=8"]
-    main([*small, "--output_dir=straight"])
-    crash(small, monkeypatch, when=5)
-    assert load("log/last.pt")["step"] == 3 and max(log_of()) == 4
-    assert main([*small, "--resume"]) == 0
-    assert_same_run("log", "straight")
-    a, b = load("log/last.pt"), load("straight/last.pt")
-    assert all(a[name] == b[name] for name in ("step", "train_loss", "val_loss", "best_val_loss"))
-
-def test_resume_takes_its_flags_from_the_run(small):
-    main([*small, "--learning_rate=0.004", "--prompt=7 plus"])
-    assert main([*RESUME, "--num_iterations=8"]) == 0
-    state = load("log/last.pt")
-    assert state["step"] == 8 and state["config"]["n_embd"] == 32
-    assert (state["args"]["learning_rate"], state["args"]["prompt"]) == (0.004, "7 plus")
-
-def test_resume_refuses_what_is_fixed(small, capsys):
-    main(small)
-    before = Path("log/last.pt").read_bytes()
-    for flag in ("--norm=layernorm", "--n_layer=3", "--seed=1", "--total_batch_size=1024",
-                 "--optimizer=adamw", "--model=d24", "--sequence_length=64", "--arch=gpt2"):
-        name, value = flag.split("=")
-        fails([*small, "--resume", flag], capsys, f"log was begun with {name}", value)
-    fails([*RESUME, "--num_iterations=5"], capsys, "--num_iterations 5", "6")
-    fails(["--resume", "--output_dir=nowhere"], capsys, "nowhere/last.pt")
-    assert Path("log/last.pt").read_bytes() == before
-
-def test_resume_says_when_there_is_more_data(small, capsys):
-    main(small)
-    shutil.copy("sums_train_000002.bin", "sums_train_000003.bin")
-    main([*RESUME, "--num_iterations=8"])
-    assert "NOTE: there is more or less data than before" in capsys.readouterr().out
-
-def test_best_and_last(small, monkeypatch):
-    """best.pt has the weights of the lowest validation loss alone, last.pt all that a run needs."""
-    # the rate becomes far too high, so the loss rises again
-    monkeypatch.setattr(train_gpt2, "get_lr", lambda step, args: 1e-3 if step < 6 else 0.5)
-    main([*small, "--num_iterations=12", "--val_loss_every=2"])
-    losses = log_of("log", "tel")
-    del losses[0]
-    lowest = min(losses.values())
-    best, last = load("log/best.pt"), load("log/last.pt")
-    assert losses[best["step"]] == lowest and best["step"] < last["step"] == 12
-    assert last["best_val_loss"] == best["val_loss"] == pytest.approx(lowest, abs=1e-6)
-    assert "optimizer" not in best and not list(Path("log").glob("*.tmp"))
-    # a resumed run knows what was lowest
-    main([*RESUME, "--num_iterations=14"])
-    assert load("log/best.pt")["step"] == best["step"]
-
-def test_each_state_is_saved_once(small, monkeypatch, capsys):
-    """At 25 GB a checkpoint, once more than needed takes minutes."""
-    saved = []
-    save_checkpoint = train_gpt2.save_checkpoint
-
-    def save(path, state):
-        saved.append((path.name, state["step"]))
-        return save_checkpoint(path, state)
-
-    monkeypatch.setattr(train_gpt2, "save_checkpoint", save)
-    main(small)
-    assert saved == [("best.pt", 3), ("last.pt", 3), ("best.pt", 6), ("last.pt", 6)]
-    # without a validation there is only the end, and no lowest loss to tell of
-    saved.clear()
-    main([*small, "--val_loss_every=0", "--output_dir=other"])
-    assert saved == [("last.pt", 6)] and "inf" not in capsys.readouterr().out.split("done in")[-1]
-
-def test_flipped_bits_are_noticed(small):
-    """Whatever bit of a checkpoint is flipped, it is refused or it makes no difference."""
-    main(small)
-    raw = Path("log/last.pt").read_bytes()
-    state = load("log/last.pt")
-    weights = state["model"]["transformer.h.1.mlp.c_up.weight"].numpy().tobytes()
-    places = [raw.index(weights), raw.index(weights) + len(weights) - 1]
-    places += np.random.default_rng(0).integers(0, len(raw), 30).tolist()
-    refused = set()
-    for place in places:
-        flipped = raw[:place] + bytes([raw[place] ^ 16]) + raw[place + 1:]
-        Path("flipped.pt").write_bytes(flipped)
-        try:
-            found = train_gpt2.read_checkpoint(Path("flipped.pt"))["model"]
-            assert all(torch.equal(found[name], w) for name, w in state["model"].items())
-        except SystemExit as e:
-            assert "flipped.pt is no checkpoint" in str(e) and "\n" not in str(e)
-            refused.add(place)
-    assert set(places[:2]) < refused and len(refused) > 20
-
-class Evil:
-    def __reduce__(self):
-        return Path.touch, (Path("it_ran"),)
-
-# What happens to a last.pt. After the first group nobody can read it, after the second nobody can
-# resume it.
-SPOILED = """
-path.unlink()
-path.unlink(); path.mkdir()
-path.write_text("hello")
-path.write_bytes(raw[:-1000])
-torch.save([1, 2], path)
-torch.save(torch.ones(3), path)
-state["model"]["transformer.h.0.attn.c_attn.weight"] = torch.ones(2)
-state["config"] = Evil()
-state.pop("config")
-state.pop("tokenizer")
-state["tokenizer"] = "morse"
-state["tokenizer"] = "gpt2"
-state["config"]["vocab_size"] = 320
-state["config"]["n_layer"] = 3
-state["config"]["n_head"] = 5
-state["config"]["color"] = "red"
-state["model"].pop("transformer.ln_f.weight")
-state["model"]["transformer.ln_f.weight"] = torch.ones(7)
-state.pop("step")
-state["step"] = "six"
-state["val_loss"] = None
-
-state.pop("best_val_loss")
-state.pop("args")
-state["args"].pop("seed")
-state.pop("optimizer")
-state["optimizer"].pop()
-state["optimizer"][1]["param_groups"][0]["params"].pop()
-"""
-
-@pytest.mark.parametrize("line", SPOILED.replace("\n\n", "\n").strip().split("\n"))
-def test_bad_checkpoints(line, small, capsys):
-    """Whatever is wrong with a file, it is one line, and no code in it runs."""
-    main(small)
-    path = Path("log/last.pt")
-    state = load(path)
-    exec(line, {**globals(), "path": path, "state": state, "raw": path.read_bytes()})
-    if line.startswith("state"):
-        torch.save(state, path)
-    if line in SPOILED.split("\n\n")[0]:
-        with warnings.catch_warnings(record=True) as warned:
-            fails(["--sample=log/last.pt"], capsys, "log/last.pt is no checkpoint that can be used")
-        assert not warned
-    fails([*RESUME, "--num_iterations=8"], capsys, "log/last.pt")
-    assert not Path("it_ran").exists()
-
-def test_flags_in_a_checkpoint_do_nothing_else(small, capsys):
-    """It may come from anybody: neither a sample nor a resumed run does what it should not."""
-    main([*small, "--prompt=7 plus"])
-    state = load("log/last.pt")
-    state["args"] |= {"export": ["log/last.pt", "exported"], "output_dir": "elsewhere"}
-    torch.save(state, "log/last.pt")
-    capsys.readouterr()
-    main(["--sample=log/last.pt"])
-    assert capsys.readouterr().out.startswith("def ")
-    main([*RESUME, "--num_iterations=8"])
-    assert load("log/last.pt")["step"] == 8
-    assert not Path("elsewhere").exists() and not Path("exported").exists()
-
-def test_a_killed_run_leaves_a_checkpoint(small):
-    """kill -9 while the third last.pt is being written: the second is still there, and goes on."""
-    small += ["--val_loss_every=1", "--batch_size=8"]
-    main([*small, "--output_dir=straight"])
-    process = start(*small, patch="""
-import os, signal, torch
-real = torch.save
-def save(state, f):
-    real(state, f)
-    if state["step"] == 3 and "optimizer" in state:
-        os.truncate(f.name, 1000)
-        os.kill(os.getpid(), signal.SIGKILL)
-torch.save = save
-""")
-    process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL
-    assert load("log/last.pt")["step"] == 2 and load("log/best.pt")["step"] == 3
-    assert main([*small, "--resume"]) == 0
-    assert list(log_of()) == list(log_of("straight"))
-
-def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(monkeypatch):
-    calls = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda f: calls.append("fsync") or fsync(f))
-    monkeypatch.setattr(os, "replace", lambda a, b: calls.append("replace") or replace(a, b))
-    assert train_gpt2.save_checkpoint(Path("a.pt"), {"step": 1})
-    assert calls == ["fsync", "replace"] and load("a.pt") == {"step": 1}
-
-def test_a_full_disk_leaves_the_old_checkpoint(small, capsys):
-    """A limit on the size of files stands in for the disk: a write fails half-way, as there."""
-    resource = pytest.importorskip("resource", reason="Windows cannot limit the size of files")
-    main(small)
-    before = Path("log/last.pt").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        out = fails([*RESUME, "--num_iterations=12", "--val_loss_every=2"], capsys, "make room",
-                    "the final weights are not saved", "--resume")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    # it warned, and went on to the end
-    assert "WARNING: cannot write log/last.pt" in out and max(log_of()) == 11
-    assert Path("log/last.pt").read_bytes() == before and not list(Path("log").glob("*.tmp"))
-    assert main([*RESUME, "--num_iterations=9"]) == 0
-
-# -------------------------------------------------------------------------------------------------
-# 6. Evaluate and sample
-
-def test_validation_counts_the_same_tokens(corpus, monkeypatch):
-    """For any batch size and number of processes; a smaller last batch uses the eager model."""
+@pytest.mark.parametrize("world_size, batch_size", [(1, 1), (1, 16), (1, 64), (2, 16), (3, 4)])
+def test_validation_counts_the_same_tokens(world_size, batch_size, small):
+    """For any batch size and number of processes."""
     model = tiny_model(vocab_size=257)
     data = TokenLoader("sums_val_*.bin", 32)
-    wanted = model(*data.batch(0, 70, CPU)).item()
-    sizes = set()
+    parts = [train_gpt2.evaluate(model, data, 70, batch_size, rank=rank, world_size=world_size)
+             for rank in range(world_size)]
+    assert sum(parts) == pytest.approx(model(*data.batch(0, 70, CPU)).item(), abs=1e-5)
 
-    def compiled(x, y):
-        sizes.add(len(x))
-        return model(x, y)
-
-    monkeypatch.setattr(train_gpt2, "all_sum", lambda values, device: values)
-    for world_size, batch_size in (1, 1), (1, 16), (1, 64), (2, 16), (3, 4), (4, 64):
-        monkeypatch.setattr(train_gpt2, "world_size", world_size)
-        total = 0
-        for rank in range(world_size):
-            monkeypatch.setattr(train_gpt2, "ddp_rank", rank)
-            total += train_gpt2.evaluate(compiled, model, data, 70, batch_size, CPU,
-                                         contextlib.nullcontext, on_batch=lambda: None)
-        assert total == pytest.approx(wanted, abs=1e-5) and sizes == {batch_size}
-        sizes.clear()
 
 def test_generate():
     """The likeliest id each time, over as much of the text as the model can see."""
-    model = tiny_model()
+    model = tiny_model(shake=0.3)  # without, it would only repeat itself
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.3 * torch.randn_like(p))  # or it would only repeat itself
         model.lm_head.weight[99] = 0  # <|endoftext|>
     ids = [5]
     for token in train_gpt2.generate(model, [5], 60, temperature=0):
@@ -940,20 +623,18 @@ def test_generate():
         model.lm_head.weight[100:] = 50.0
     everything = {token for seed in range(5) for token in draw(100, seed, temperature=9, top_k=0)}
     assert len(everything) > 50 and max(everything) < 100
+    # a model that says 7, and after 7 <|endoftext|>
+    model.forward = lambda x: F.one_hot(torch.where(x == 7, 99, 7), 128).float()
+    assert list(train_gpt2.generate(model, [5], 10, temperature=0)) == [7]
 
-def test_generation_stops_at_the_end_of_a_document():
-    """A model that says 7, and after 7 <|endoftext|>, the last id."""
-    def forward(x):
-        logits = torch.full((1, x.size(1), 128), -math.inf)
-        logits[0, -1, 99 if x[0, -1] == 7 else 7] = 20.0
-        return logits
 
-    model = tiny_model()
-    model.forward = forward
-    assert list(train_gpt2.generate(model, [5], 10)) == [7]
-
-def test_pieces_of_characters(capsys, monkeypatch):
-    """A character of several bytes appears whole, half of one as a mark; <|endoftext|> begins."""
+@pytest.mark.parametrize("prompt, ids", [
+    ("dé", [256, 100, 0xC3, 0xA9]),
+    ("<|endoftext|>dé", [256, 100, 0xC3, 0xA9]),
+    ("a<|endoftext|>b", [256, 97, 256, 98]),
+])
+def test_prompts_and_pieces_of_characters(prompt, ids, capsys, monkeypatch):
+    """<|endoftext|> begins every prompt, once. Half a character appears as a mark."""
     asked = []
 
     def generate(model, ids, *args, **how):
@@ -961,393 +642,548 @@ def test_pieces_of_characters(capsys, monkeypatch):
         return iter([*"né→".encode(), 0xE2, 0x41])
 
     monkeypatch.setattr(train_gpt2, "generate", generate)
-    train_gpt2.print_sample(tiny_model(vocab_size=257), "bytes", "dé", 0)
-    assert capsys.readouterr().out == "déné→\N{REPLACEMENT CHARACTER}A\n"
-    assert asked == [256, ord("d"), 0xC3, 0xA9]
+    train_gpt2.print_sample(tiny_model(vocab_size=257), "bytes", prompt)
+    assert capsys.readouterr().out == f"{prompt}né→\N{REPLACEMENT CHARACTER}A\n"
+    assert asked == ids
 
-def test_a_prompt_that_is_no_text():
-    """A byte of a command line in another encoding becomes a question mark, as with GPT-2's."""
-    encode, _ = train_gpt2.load_tokenizer("bytes")
-    assert encode(os.fsdecode(b"caf\xe9")) == list(b"caf?")
 
-def test_gpt2_tokenizer():
-    if "TIKTOKEN_CACHE_DIR" not in os.environ:
-        pytest.skip("TIKTOKEN_CACHE_DIR is not set, and tests download nothing")
-    encode, token_bytes = train_gpt2.load_tokenizer("gpt2")
-    # in somebody's text the word is no token
-    assert encode("Hello world") == [15496, 995] and 50256 not in encode("<|endoftext|>")
-    assert b"".join(map(token_bytes, encode("naïve 🙂"))).decode() == "naïve 🙂"
+def save_model(path, model, tokenizer="gpt2", **wrong):
+    """Stores a model as a run stores it in best.pt, but with something wrong in its config."""
+    config = dataclasses.asdict(model.config) | wrong
+    state = {"config": config, "model": model.state_dict(), "tokenizer": tokenizer}
+    train_gpt2.save_checkpoint(Path(path), state)
 
-def test_without_a_vocabulary_there_are_no_samples(small, capsys, monkeypatch):
-    """A machine that is offline trains all the same; to sample is an error in one line."""
-    def get_encoding(name):
-        raise ConnectionError("cannot resolve openaipublic.blob.core.windows.net")
 
-    monkeypatch.setitem(sys.modules, "tiktoken", types.SimpleNamespace(get_encoding=get_encoding))
-    for path in Path().glob("sums_*.bin"):
-        path.write_bytes(shard(vocab_size=0))
-    assert main(small) == 0
-    assert "no sample" in (out := capsys.readouterr().out) and "TIKTOKEN_CACHE_DIR" in out
-    assert "python hellaswag.py -m log/" in out and load("log/last.pt")["tokenizer"] == "gpt2"
-    fails(["--sample=log/last.pt"], capsys, "GPT-2's vocabulary", "TIKTOKEN_CACHE_DIR")
+def test_a_model_in_a_notebook():
+    """load_model() takes strings; more ids than the model can see are one line."""
+    model = tiny_model(vocab_size=257)
+    save_model("a.pt", model, "bytes")
+    again, tokenizer = train_gpt2.load_model("a.pt", "cpu")
+    assert torch.equal(again(random_ids(1, 32)), model(random_ids(1, 32))) and tokenizer == "bytes"
+    with pytest.raises(ValueError, match="^33 tokens .* 32$"):
+        model(random_ids(1, 33))
+
 
 # -------------------------------------------------------------------------------------------------
-# 7. The run
+# 6. The flags
 
-def test_flags():
-    """At most 32, each with a word of help; and the commands at the head of the file are real."""
-    actions = [a for a in train_gpt2.make_parser()._actions if a.dest != "help"]
-    assert len(actions) <= 32 and all(action.help for action in actions)
-    commands = re.findall(r"^    (?:python|torchrun .*) train_gpt2\.py(.*?)(?:   .*)?$",
-                          train_gpt2.__doc__, re.M)
-    assert len(commands) >= 4
-    for command in commands:
-        train_gpt2.parse_args(shlex.split(command))
+VARIANT = dict(norm="rmsnorm", mlp="swiglu", pos="rope", bias=False, qk_norm=True)
+ORIGINAL = dict(optimizer="adamw", schedule="cosine", qk_norm=False)
 
-MISTAKES = """
---model=d13                         -> --model, d13, d12
---total_batch_size=500              -> --total_batch_size 500, give 480 or 512
---total_batch_size=0                -> --total_batch_size 0, give 32 or 64
---batch_size=5                      -> batch_size 5, give 480 or 640
---batch_size=-4                     -> --batch_size, -4
---n_head=5                          -> n_embd 32 / n_head 5
---n_kv_head=3                       -> n_head 4, n_kv_head 3
---n_layer=0                         -> --n_layer
---sequence_length=0                 -> --sequence_length
---sequence_length=9000 --val_tokens=9000 --total_batch_size=9000 -> sums_val_, 9000
---total_batch_size=5120000          -> sums_train_, --total_batch_size
---val_tokens=31                     -> --val_tokens
---val_tokens=nan                    -> --val_tokens, nan
---learning_rate=nan                 -> --learning_rate, nan
---learning_rate=inf                 -> --learning_rate, inf
---learning_rate=-1                  -> --learning_rate, -1
---learning_rate=fast                -> --learning_rate, fast
---num_iterations=1e999              -> --num_iterations, 1e999
---seed=99999999999999999999999      -> --seed, from 0 to 9e18
---no_such_flag=1                    -> --no_such_flag
---device=cuda                       -> --device cuda
---device=mps                        -> --device mps
---input_bin=nothing_train_*.bin     -> nothing_train_*.bin, python fineweb.py
---input_bin=lonely_train_*.bin      -> lonely_val_*.bin, python fineweb.py
---input_bin=sums_val_*.bin          -> sums_val_*.bin, _train_
---sample=nowhere.pt                 -> nowhere.pt
---sample=                           -> is no checkpoint
---output_dir=a_file/log             -> a_file, --output_dir
-"""
 
-@pytest.mark.parametrize("line", MISTAKES.strip().splitlines())
-def test_mistakes_end_in_one_line(line, small, capsys):
-    Path("a_file").write_text("")
-    shutil.copy("sums_train_000002.bin", "lonely_train_000001.bin")
-    flags, messages = line.split("->")
-    fails([*small, *flags.split()], capsys, *messages.strip().split(", "))
-
-def test_a_loss_that_is_not_finite(small, capsys, monkeypatch):
-    """The run ends, and the last good checkpoint stays."""
-    real = HeadLoss.apply
-
-    def apply(*args):
-        return real(*args) * (math.nan if Path("log/last.pt").exists() else 1)
-
-    monkeypatch.setattr(HeadLoss, "apply", apply)
-    fails(small, capsys, "step 3 has loss nan", "log/last.pt")
-    assert all(w.isfinite().all() for w in load("log/last.pt")["model"].values())
-
-def test_a_validation_loss_that_is_not_finite(small, capsys, monkeypatch):
-    """A step may spoil the weights with a gradient that is in order: they are not saved."""
-    real = train_gpt2.evaluate
-
-    def evaluate(*args, **how):
-        return math.nan if Path("log/last.pt").exists() else real(*args, **how)
-
-    monkeypatch.setattr(train_gpt2, "evaluate", evaluate)
-    fails(small, capsys, "after 6 steps", "loss is nan", "log/last.pt")
-    assert load("log/last.pt")["step"] == 3
-
-def test_a_model_without_numbers_writes_nothing(small, capsys):
-    main(small)
-    state = load("log/last.pt")
-    state["model"]["transformer.ln_f.weight"] *= math.nan
-    torch.save(state, "log/last.pt")
-    fails(["--sample=log/last.pt", "--device=cpu"], capsys, "take an earlier checkpoint")
-
-@pytest.mark.parametrize("error, message", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "--batch_size"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-     "out of memory"),
-    (OSError(28, "No space left on device"), "No space left"),
+@pytest.mark.parametrize("flags, values", [
+    ("", dict(
+        VARIANT, model="tiny", n_layer=4, n_head=4, n_kv_head=2, n_embd=128, learning_rate=4e-3,
+        sequence_length=128, total_batch_size=2048, num_iterations=600, warmup_iters=20,
+        val_loss_every=200, log_every=20, compile=False, output_dir="logtiny")),
+    ("--model=d12", dict(
+        VARIANT, n_layer=12, n_head=12, n_kv_head=6, n_embd=768, learning_rate=2.4e-3,
+        sequence_length=1024, total_batch_size=524288, num_iterations=19073, warmup_iters=250,
+        val_loss_every=250, log_every=1, compile=None, optimizer="muon", schedule="wsd",
+        weight_decay=0.1, grad_clip=1.0, output_dir="log124M")),
+    ("--model=d24", dict(n_kv_head=8, learning_rate=1.2e-3, output_dir="log350M")),
+    ("--model=d36", dict(n_kv_head=10, learning_rate=1e-3, output_dir="log774M")),
+    ("--model=d48", dict(n_kv_head=25, learning_rate=8e-4, output_dir="log1558M")),
+    ("--model=d12 --arch=gpt2", dict(train_gpt2.GPT2, n_kv_head=12, optimizer="muon")),
+    ("--model=d12 --arch=gpt2 --n_head=8 --pos=rope",
+     dict(n_kv_head=8, pos="rope", norm="layernorm")),
+    ("--model=d12 --recipe=original", dict(ORIGINAL, learning_rate=1.2e-3, warmup_iters=715)),
+    ("--model=d24 --recipe=original --optimizer=muon --learning_rate=0.5",
+     dict(ORIGINAL, optimizer="muon", learning_rate=0.5)),
+    ("--init_from=gpt2-medium", dict(
+        train_gpt2.GPT2, n_layer=24, n_kv_head=16, optimizer="adamw", learning_rate=3e-5,
+        warmup_iters=0, total_batch_size=32768, output_dir="log_gpt2-medium")),
+    ("--init_from=gpt2 --total_batch_size=4096", dict(total_batch_size=4096)),
+    # a short run warms up for a tenth of it, unless something else is typed
+    ("--model=d12 --num_iterations=150", dict(warmup_iters=15)),
+    ("--model=d12 --num_iterations=150 --warmup_iters=100", dict(warmup_iters=100)),
 ])
-def test_errors_while_training(error, message, small, capsys, monkeypatch):
-    def train(run):
-        raise error
+def test_presets_and_recipes(flags, values):
+    """Value by value; and a flag beside a preset, --arch or --recipe wins."""
+    args, _ = train_gpt2.parse_args(flags.split())
+    assert {name: getattr(args, name) for name in values} == values
 
-    monkeypatch.setattr(train_gpt2, "train", train)
-    fails(small, capsys, message)
 
-def test_without_a_compiler(small):
-    """--compile needs a C++ compiler on a CPU: one line names the way without."""
-    done = run(*small, "--compile", code=1, PATH="", CXX="no-compiler",
-               TORCHINDUCTOR_CACHE_DIR=os.path.abspath("cache"))
-    assert done.stderr.splitlines()[-1].startswith("error: torch.compile does not work here")
-    assert "--no-compile" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize("left", [
+    {"RANK": "1"}, {"RANK": "abc"}, {"WORLD_SIZE": "0"}, {"LOCAL_RANK": "7"}, {"RANK": ""},
+    {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere"},
+    {"MASTER_PORT": "x"}, {"TORCHELASTIC_RUN_ID": "none"},
+], ids=str)
+def test_leftovers_in_the_environment(left, small, monkeypatch, capsys):
+    """Only torchrun makes a group of processes. What something else has set stops nobody."""
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as e:
+        main(["--help"])
+    assert e.value.code == 0 and main([*small, "--num_iterations=1"]) == 0
+    said = "training alone" in capsys.readouterr().out
+    assert said == any(name in TORCHRUN[:3] for name in left) and load("log/last.pt")["step"] == 1
 
-def test_the_disk_is_too_small(small, capsys, monkeypatch):
-    """That is said before training, not at its end."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=100_000))
-    assert "loss" not in fails(small, capsys, "log: ", "free", "--output_dir")
 
-def test_a_log_that_cannot_be_written(small, capsys):
-    """Says so, and goes on training."""
-    Path("log/main.log").mkdir(parents=True)
-    assert main(small) == 0 and load("log/last.pt")["step"] == 6
-    assert "WARNING: cannot write main.log" in capsys.readouterr().out
+def test_more_processes_than_gpus(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert train_gpt2.pick_device(None, 0) == torch.device("cuda", 0)
+    fails([], capsys, "process 1", "--nproc_per_node",
+          main=lambda argv: train_gpt2.pick_device(None, 1))
 
-def test_a_run_is_never_written_over(small, capsys):
-    """A folder with a checkpoint is refused; what a run killed early has left is no run."""
-    Path("log").mkdir()
-    Path("log/main.log").write_text("s:0 tel:9.000000\n")
-    assert main(small) == 0 and log_of("log", "tel")[0] < 6
-    before = {path: path.read_bytes() for path in Path("log").iterdir()}
-    fails(small, capsys, "log holds last.pt", "--resume", "another --output_dir")
-    Path("log/last.pt").rename("last.pt")
-    fails(small, capsys, "log holds best.pt", "another --output_dir")
-    Path("last.pt").rename("log/last.pt")
-    assert before == {path: path.read_bytes() for path in Path("log").iterdir()}
-
-def test_the_run_without_flags_keeps_earlier_ones(corpus, capsys, monkeypatch):
-    """It moves them out of its way, but not one that is at work, whose folder is locked."""
-    changes = {"n_layer": 1, "n_embd": 32, "num_iterations": 2, "input_bin": corpus[12:]}
-    monkeypatch.setitem(train_gpt2.PRESETS, "tiny", {**train_gpt2.PRESETS["tiny"], **changes})
-    real = train_gpt2.train
-    number = 0
-
-    def train(run):
-        run.save()
-        for flags in [], ["--resume"], ["--output_dir=logtiny"]:
-            fails(flags, capsys, "a run is at work in logtiny", main=train_gpt2.main)
-        Path("logtiny/mine.txt").write_text(str(number))
-        real(run)
-
-    monkeypatch.setattr(train_gpt2, "train", train)
-    for number in range(3):  # noqa: B007, train() reads it
-        assert main([]) == 0
-    for number, folder in enumerate(("logtiny.1", "logtiny.2", "logtiny")):
-        assert Path(folder, "mine.txt").read_text() == str(number)
-        assert load(f"{folder}/last.pt")["step"] == 2
-    assert len(list(Path().glob("logtiny*"))) == 3
 
 def test_autocast_follows_the_hardware(monkeypatch):
-    monkeypatch.setattr(Path, "exists", lambda self: True)
-    for flags, native in [("sse2 avx2 amx_bf16", True), ("avx512_bf16", True), ("asimd bf16", True),
-                          ("sse2 avx512f amx_int8", False)]:
-        monkeypatch.setattr(Path, "read_text", lambda self, encoding, flags=flags: flags)
+    for able, native in [({"amx_bf16": True}, True), ({"avx512_bf16": True}, True),
+                         ({"bf16": True}, True), ({"avx512_f": True, "amx_bf16": False}, False)]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able, raising=False)
         dtype, autocast = train_gpt2.pick_autocast(None, CPU)
         assert dtype == ("bfloat16" if native else "float32")
         with autocast():
             assert torch.is_autocast_enabled("cpu") == native
     assert train_gpt2.pick_autocast("bfloat16", CPU)[0] == "bfloat16"
 
+
 def test_micro_batches_fit_the_device(monkeypatch):
     """They divide a step; a small GPU, fp32 and a model that is not compiled get smaller ones."""
-    def pick(gigabytes, dtype="bfloat16", compiled=True, sequences=512, config=None):
+    def pick(gigabytes, model="d12", dtype="bfloat16", compiled=True, sequences=512):
         memory = types.SimpleNamespace(total_memory=gigabytes * 1e9)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
-        size = train_gpt2.pick_batch_size(config or GPTConfig(), 116_510_976, torch.device("cuda"),
-                                          dtype, compiled, sequences)
-        assert sequences % size == 0
-        return size
+        args, _ = train_gpt2.parse_args([f"--model={model}"])
+        device = torch.device("cuda" if gigabytes else "cpu")
+        return train_gpt2.pick_batch_size(args, device, dtype, compiled, sequences)
 
-    # 8 GB: no room for the logits of HEAD_ROWS tokens, but for those of a few sequences
-    assert pick(80) == 64 and pick(8) == 4 < pick(24) < 64
-    assert pick(24, dtype="float32") < pick(24) and pick(40, compiled=False) < pick(40)
-    assert pick(80, sequences=30) == 30 and pick(8, config=GPTConfig(n_layer=48, n_embd=1536)) == 1
+    assert [pick(gigabytes) for gigabytes in (80, 24, 12, 8)] == [64, 16, 8, 4]
+    assert [pick(80, model) for model in ("d24", "d36", "d48")] == [32, 16, 8]
+    assert pick(80, dtype="float32") == pick(80, compiled=False) == 32
+    assert pick(80, sequences=30) == 30 and pick(8, "d48") == 1
     # on a CPU 4096 tokens
-    for sequences, size in (512, 4), (6, 3), (5, 1):
-        assert train_gpt2.pick_batch_size(GPTConfig(), 1, CPU, "float32", False, sequences) == size
+    assert [pick(0, sequences=sequences) for sequences in (512, 6, 5)] == [4, 3, 1]
 
-def test_a_slow_machine_is_told_how_long_it_takes(small, capsys, monkeypatch):
-    """After one micro-batch, and before the first validation, which may take hours."""
-    clock = iter(range(0, 10**9, 60))
-    monkeypatch.setattr(train_gpt2, "time", types.SimpleNamespace(time=lambda: next(clock)))
-    main([*small, "--batch_size=8"])
-    # two micro-batches of a minute, and 64 sequences without a backward pass
-    assert re.search(r"NOTE: .* 2\.0 minutes .* validation 2\.7;.*\nstep +0/6 \| val loss",
-                     capsys.readouterr().out)
 
-def send(monkeypatch, *numbers, at, calls):
-    """The run gets signals in the n-th call of a method of Run, or of a function."""
-    owner = train_gpt2.Run if hasattr(train_gpt2.Run, at) else train_gpt2
-    real = getattr(owner, at)
+def test_an_import_has_no_side_effects():
+    """In a notebook, whatever stands in the environment and on the command line."""
+    code = f"""
+import signal, sys
+sys.path.insert(0, {str(Path(SCRIPT).parent)!r})
+handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+import train_gpt2
+assert handlers == [signal.getsignal(number) for number in signal.valid_signals()]
+train_gpt2.GPT(train_gpt2.GPTConfig(n_layer=1, n_embd=24, vocab_size=10))
+"""
+    done = python("-c", code, "--nonsense")
+    assert done.stdout == done.stderr == ""
 
-    def call(*args):
-        nonlocal calls
-        calls -= 1
-        if calls == 0:
-            for number in numbers:
-                # it would end the tests
-                assert signal.getsignal(number) != signal.SIG_DFL
-                os.kill(os.getpid(), number)
-        return real(*args)
 
-    monkeypatch.setattr(owner, at, call)
+# -------------------------------------------------------------------------------------------------
+# 7. Training
 
-@pytest.mark.parametrize("numbers", [SIGNALS[:1], SIGNALS[1:2] * 2, SIGNALS[2:]], ids=str)
-@pytest.mark.parametrize("at, calls, step", [
-    ("get_lr", 4, 4),  # at the end of a step, which counts
-    ("micro_batch", 11, 4),  # in the middle of the fifth step; the first two calls are before all
-    ("validate", 2, 3),  # before a step
-])
-def test_signals_stop_a_run_gently(at, calls, step, numbers, small, capsys, monkeypatch):
-    """It saves and says how to go on, and then there is no difference to a run without a pause."""
-    if not numbers:
-        pytest.skip("Windows has no SIGHUP")
-    small += ["--batch_size=8", "--prompt=7 plus"]
+def test_accumulation_equals_one_large_batch(small):
+    """The same losses and gradients, however many sequences there are in a micro-batch."""
+    for size in 16, 4, 1:
+        main([*small, "--optimizer=adamw", f"--batch_size={size}", f"--output_dir=log{size}"])
+    for kind in "trl", "tel", r"trl:\S+ lr:\S+ norm":
+        one = log_of("log16", kind)
+        assert len(one) == (3 if kind == "tel" else 6)
+        assert log_of("log4", kind) == pytest.approx(one, rel=1e-4)
+        assert log_of("log1", kind) == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize("grad_clip", ["1", "0"])
+def test_gradients_are_clipped(grad_clip, small, monkeypatch):
+    """Where a gradient is longer than 1, the optimizers get it at length 1; 0 means never."""
+    real = train_gpt2.Muon.step
+    lengths = []
+
+    def step(self):
+        gradients = [p.grad.norm().item() for p in self.param_groups[0]["params"]]
+        lengths.append(math.hypot(*gradients))
+        real(self)
+
+    monkeypatch.setattr(train_gpt2.Muon, "step", step)
+    main([*small, "--n_embd=128", f"--grad_clip={grad_clip}"])
+    assert max(log_of("log", r"trl:\S+ lr:\S+ norm").values()) > 2
+    assert (max(lengths) <= 1) == (grad_clip == "1")
+
+
+class Crash(Exception):
+    """Ends a run as a power cut would, where a test wants it."""
+
+
+def in_step(monkeypatch, when, action):
+    """Calls action() in the step `when` of the runs that follow, before its update."""
+    real = train_gpt2.get_lr
+
+    def get_lr(step, args):
+        if step == when:
+            action()
+        return real(step, args)
+
+    monkeypatch.setattr(train_gpt2, "get_lr", get_lr)
+
+
+def crash():
+    raise Crash
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_is_exact(small, optimizer, monkeypatch):
+    """A run that crashed and was resumed has the losses of one that did not, and its weights."""
+    small += [f"--optimizer={optimizer}", "--num_iterations=8", "--batch_size=8"]
     main([*small, "--output_dir=straight"])
-    with monkeypatch.context() as patch:
-        send(patch, *numbers, at=at, calls=calls)
-        assert main(small) == 128 + numbers[0]
-    assert load("log/last.pt")["step"] == step
-    command = re.search(r"To go on: python train_gpt2\.py (.*)", capsys.readouterr().out)[1]
-    assert main(shlex.split(command)) == 0
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        in_step(patch, 5, crash)
+        main(small)
+    assert load("log/last.pt")["step"] == 3 and max(log_of()) == 4
+    assert main([*small, "--resume"]) == 0
     assert_same_run("log", "straight")
 
-def test_nohup_stays_in_force(small, monkeypatch):
-    """nohup makes a program ignore that its terminal is closed."""
-    if len(SIGNALS) < 3:
-        pytest.skip("Windows has no SIGHUP")
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    send(monkeypatch, signal.SIGHUP, at="get_lr", calls=1)
+
+def test_resume_takes_its_flags_from_the_run(small, capsys):
+    """What is typed wins, and is said, with the next rate. Without a last.pt a new run begins."""
+    main([*small, "--resume", "--learning_rate=0.004", "--prompt=7 plus"])
+    assert "log has no last.pt" in capsys.readouterr().out
+    fails(["--resume", "--output_dir=lgo"], capsys, "lgo/last.pt", "--model")
+    assert main(["--resume", "--output_dir=log", "--num_iterations=12", "--seed=3"]) == 0
+    out = capsys.readouterr().out
+    changed, rate = re.search("NOTE: now with (.*) [|] lr of the next step (.*)", out).groups()
+    assert changed == "--num_iterations 12 --seed 3"
+    assert float(rate) == pytest.approx(log_of("log", r"trl:\S+ lr")[6], rel=0.01)
+    state = load("log/last.pt")
+    assert state["step"] == 12 and state["config"]["n_embd"] == 32
+    assert (state["args"]["learning_rate"], state["args"]["prompt"]) == (0.004, "7 plus")
+
+
+def test_best_and_last(small, monkeypatch, capsys):
+    """best.pt has the weights of the lowest validation loss alone, last.pt all that a run needs."""
+    # the rate becomes far too high, so the loss rises again
+    monkeypatch.setattr(train_gpt2, "get_lr", lambda step, args: 1e-3 if step < 6 else 0.5)
+    main([*small, "--num_iterations=12", "--val_loss_every=2"])
+    losses = log_of("log", "tel")
+    del losses[0]
+    lowest = min(losses.values())
+    best, last = load("log/best.pt"), load("log/last.pt")
+    assert losses[best["step"]] == lowest and best["step"] < last["step"] == 12
+    assert last["best_val_loss"] == best["val_loss"] == pytest.approx(lowest, abs=1e-6)
+    assert "optimizer" not in best and not list(Path("log").glob("*.tmp"))
+    # a resumed run knows what was lowest, but only of the same text
+    again = ["--resume", "--output_dir=log"]
+    main([*again, "--num_iterations=14"])
+    assert load("log/best.pt")["step"] == best["step"]
+    Path("sums_val_000000.bin").rename("sums_val_000001.bin")
+    capsys.readouterr()
+    main([*again, "--num_iterations=16"])
+    assert "NOTE: other validation text" in capsys.readouterr().out
+    assert load("log/best.pt")["step"] > best["step"]
+
+
+def test_a_killed_run_leaves_a_checkpoint(small):
+    """kill -9 while the second last.pt is being written: the first is still there, and goes on."""
+    small += ["--val_loss_every=2", "--batch_size=8"]
+    main([*small, "--output_dir=straight"])
+    python(changed_script("""
+real = torch.save
+def save(state, f):
+    real(state, f)
+    if state["step"] == 4 and "optimizer" in state:
+        os.truncate(f.name, 1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save"""), *small, code=-signal.SIGKILL)
+    assert load("log/last.pt")["step"] == 2 and load("log/best.pt")["step"] == 4
+    assert main([*small, "--resume"]) == 0
+    assert list(log_of()) == list(log_of("straight"))
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: calls.append("fsync") or fsync(f))
+    monkeypatch.setattr(os, "replace", lambda a, b: calls.append("replace") or replace(a, b))
+    assert train_gpt2.save_checkpoint(Path("a.pt"), {"step": 1})
+    assert calls == ["fsync", "replace"] and load("a.pt") == {"step": 1}
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(small, capsys):
+    """A limit on the size of files stands in for the disk: a write fails half-way, as there."""
+    main(small)
+    before = Path("log/last.pt").read_bytes()
+    again = ["--resume", "--output_dir=log", "--num_iterations=12"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        out = fails(again, capsys, "are lost", "make room", "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    # it warned, and went on to the end
+    assert "WARNING: cannot write log/last.pt" in out and max(log_of()) == 11
+    assert Path("log/last.pt").read_bytes() == before and not list(Path("log").glob("*.tmp"))
+    assert main(again) == 0
+
+
+def test_a_terminal_that_is_gone_ends_no_run(small, monkeypatch):
+    def gone(*args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=gone, flush=gone))
     assert main(small) == 0 and load("log/last.pt")["step"] == 6
 
-@pytest.mark.parametrize("times, code", [(1, 130), (2, -signal.SIGINT)])
-def test_ctrl_c(times, code, small):
-    """Once: the run saves and ends. Twice: it ends at once, although a step takes a minute."""
-    process = start(*small, patch=f"""
-import time, torch
-real = torch.Tensor.backward
-calls = []
-def backward(self):
-    calls.append(1)
-    if len(calls) == 4:
-        print("in a step", flush=True)
-        time.sleep({2 if times == 1 else 60})
-    real(self)
-torch.Tensor.backward = backward
-""")
-    while process.stdout.readline() != "in a step\n":
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.stderr.readline() == "\n" and "stopping" in process.stderr.readline()
-    if times == 2:
-        process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=50)
-    assert process.returncode == code and not err, err
-    assert ("To go on" in out) == Path("log/last.pt").exists() == (times == 1)
 
-def test_ctrl_c_before_training():
-    """Nothing is lost by it, and it leaves no traceback."""
-    process = start(patch="""
-import fineweb, time
-fineweb.stdlib_corpus = lambda: (print("making the corpus", flush=True), time.sleep(60))
-""")
-    assert process.stdout.readline() == "making the corpus\n"
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=50) == ("", "") and process.returncode == -signal.SIGINT
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_stop_a_run_gently(number, small, capsys, monkeypatch):
+    """It ends after the step and saves, and the command that it prints leaves no difference."""
+    small += ["--batch_size=8", "--output_dir=my log"]
+    main([*small, "--output_dir=straight"])
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        in_step(patch, 3, lambda: os.kill(os.getpid(), number))
+        assert main(small) == 128 + number
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert load("my log/last.pt")["step"] == 4
+    command = re.search(r"python train_gpt2\.py (--resume.*)", capsys.readouterr().out)[1]
+    assert main(shlex.split(command)) == 0
+    assert_same_run("my log", "straight")
 
-def test_head_1_is_quiet(small):
-    """The program that reads what is printed may end first."""
-    process = start(*small, "--num_iterations=10000")
-    assert process.stdout.readline().startswith("model d12")
-    process.stdout.close()
-    assert process.stderr.read() == "" and process.wait(timeout=100) == 1
 
-def test_a_poor_terminal_and_no_docstrings(small):
-    """A terminal that cannot show a character, and python -OO, which drops docstrings."""
-    main(small)
-    done = run("--sample=log/last.pt", "--prompt=a→b", "--device=cpu", python=["-OO"],
-               PYTHONIOENCODING="latin-1:strict")
-    assert done.stdout.startswith("a?b") and done.stderr == ""
+def test_a_second_ctrl_c_ends_at_once(small, monkeypatch):
+    """In the middle of a step. Then the folder is free, and Ctrl-C does what it did before."""
+    # what a terminal has; in the background of a script it would be ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        in_step(patch, 1, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+        main(small)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert not Path("log/last.pt").exists() and main(small) == 0
+
+
+def test_earlier_runs_are_kept(small, capsys):
+    """They move to NAME.1 and NAME.2, and where NAME is a link, the folder behind it does."""
+    Path("disk/run").mkdir(parents=True)
+    Path("my log").symlink_to("disk/run")
+    # one shard by its path, and a validation shard of another number
+    small += ["--num_iterations=1", "--output_dir=my log", "--input_bin=sums_train_000002.bin"]
+    Path("sums_val_000000.bin").rename("sums_val_000123.bin")
+    for seed in 1, 2, 3:
+        assert main([*small, f"--seed={seed}"]) == 0
+    out = capsys.readouterr().out
+    for seed, folder in enumerate(("disk/run.1", "disk/run.2", "my log"), 1):
+        assert load(f"{folder}/last.pt")["args"]["seed"] == seed and len(log_of(folder)) == 1
+    assert Path("my log").is_symlink() and len(list(Path("disk").iterdir())) == 3
+    # what it was made with, in a line that llm.c's plots can read
+    for line in Path("my log/main.log").read_text("utf-8").splitlines():
+        step, value = line.split()[:2]
+        int(step.split(":")[1]), float(value.split(":")[1])
+    flags = "--output_dir 'my log'"
+    assert out.count(flags) == 3 and flags in Path("my log/main.log").read_text("utf-8")
+    # the command that is printed can be pasted
+    main(shlex.split(re.findall(r"^    python train_gpt2\.py (--sample.*)", out, re.M)[-1]))
+    assert capsys.readouterr().out.startswith("def ")
+
+
+def torchrun(*command, code=0):
+    """The script in two processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return python(*launcher, *command, code=code).stdout
+
 
 def test_two_processes_train_as_one(small):
     """The same losses to rounding, and gradients meet once a step, not in every micro-batch."""
     small += ["--optimizer=adamw", "--batch_size=2", "--learning_rate=1e-3"]
     main([*small, "--output_dir=one"])
-    Path("counting.py").write_text(f"""
-import sys; sys.path.insert(0, {str(Path(SCRIPT).parent)!r})
-import train_gpt2
-meetings = []
-class Counting(train_gpt2.nn.parallel.DistributedDataParallel):
+    out = torchrun(changed_script("""
+class Counting(torch.nn.parallel.DistributedDataParallel):
+    meetings = []
     def forward(self, *args):
-        meetings.append(self.require_backward_grad_sync)
+        self.meetings.append(self.require_backward_grad_sync)
+        if len(self.meetings) == 24:
+            train_gpt2.print0(f"{self.meetings == 6 * [False, False, False, True]}, they met")
         return super().forward(*args)
-train_gpt2.nn.parallel.DistributedDataParallel = Counting
-train_gpt2.main(sys.argv[1:])
-train_gpt2.print0(f"{{meetings == 6 * [False, False, False, True]}}, they met")
-""")
-    done = torchrun(2, *small, script="counting.py")
+torch.nn.parallel.DistributedDataParallel = Counting"""), *small)
     for kind in "trl", "tel", r"trl:\S+ lr:\S+ norm":
         assert log_of("log", kind) == pytest.approx(log_of("one", kind), rel=1e-3)
-    assert "True, they met" in done.stdout
+    assert out.count("True, they met") == out.count("a sample after 6") == 1
+
 
 def test_one_process_begins_and_two_go_on(small, monkeypatch):
-    """With Muon: losses and weights are those of one process alone, to rounding."""
-    small += ["--batch_size=4", "--num_iterations=8"]
+    """With Muon, and with a signal to the second of them alone, which stops both.
+
+    Losses and weights are those of one process alone, to rounding.
+    """
+    small += ["--batch_size=4", "--num_iterations=9"]
     main([*small, "--output_dir=straight"])
-    crash(small, monkeypatch, when=4)
-    done = torchrun(2, *small, "--resume")
-    assert done.stdout.count("resuming log at step 3") == 1
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        in_step(patch, 4, crash)
+        main(small)
+    out = torchrun(changed_script("""
+real = train_gpt2.get_lr
+def get_lr(step, args):
+    if step == 6 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(step, args)
+train_gpt2.get_lr = get_lr"""), *small, "--resume", code=1)
+    assert out.count("resuming log at step 3") == 1 and "stopped after 7 steps" in out
+    assert load("log/last.pt")["step"] == 7
+    assert main([*small, "--resume"]) == 0
     for kind in "trl", "tel":
         assert log_of("log", kind) == pytest.approx(log_of("straight", kind), rel=1e-3)
     straight = load("straight/last.pt")["model"]
     for name, w in load("log/last.pt")["model"].items():
         assert torch.allclose(w, straight[name], atol=1e-3), name
 
-def test_a_killed_process_ends_the_other(small):
-    """In one line, where it would otherwise wait forever, or print a page."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    small += ["--num_iterations=100000", "--val_loss_every=0"]
-    both = [start(*small, WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1",
-                  MASTER_PORT=port) for rank in "01"]
-    deadline = time.time() + 120
-    while not Path("log/main.log").exists():
-        assert time.time() < deadline and both[0].poll() is None and both[1].poll() is None
-        time.sleep(0.02)
-    both[1].kill()
-    _, err = both[0].communicate(timeout=100)
-    assert both[0].returncode == 1 and err.startswith("error: another process ended")
-    assert "--resume" in err and err.count("\n") == 1
+
+def shard(magic=20240520, count=5000, length=5000, token=1):
+    """Puts another file in the place of the second training shard."""
+    header = np.zeros(256, "<i4")
+    header[:4] = magic, 1, count, 257
+    tokens = np.full(length, token, "<u2")
+    Path("sums_train_000002.bin").write_bytes(header.tobytes() + tokens.tobytes())
+
+
+def last_pt(change=bytes, tokenizer="bytes", **wrong):
+    """Makes a last.pt, with a config that is not that of its weights, or with other bytes."""
+    Path("log").mkdir()
+    save_model("log/last.pt", tiny_model(vocab_size=257), tokenizer, **wrong)
+    Path("log/last.pt").write_bytes(change(Path("log/last.pt").read_bytes()))
+
+
+def damaged(raw):
+    """200 bytes in the middle of a file are lost."""
+    middle = len(raw) // 2
+    return raw[:middle] + bytes(200) + raw[middle + 200:]
+
+
+def a_run_at_work():
+    Path("log").mkdir()
+    return filelock.FileLock("log/.lock").acquire()
+
+
+def fail_in(patch, name, error):
+    """From now on a function of train_gpt2, or a module that it imports, raises the error."""
+    def fail(*args, **kwargs):
+        raise error
+
+    if name == "tiktoken":
+        patch.setitem(sys.modules, name, types.SimpleNamespace(get_encoding=fail))
+    else:
+        patch.setattr(train_gpt2, name, fail)
+
+
+OFFLINE = ConnectionError("cannot resolve openaipublic.blob.core.windows.net")
+CUDA = torch.OutOfMemoryError("CUDA error: out of memory")
+CPU_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+# What is wrong, the flags of the run, and words of the line that it ends with.
+ERRORS = [
+    ("", "--model=d13", "--model d13 d12"),
+    ("", "--no_such_flag=1", "--no_such_flag --help"),
+    ("", "--n_head=5", "n_embd=32 n_head=5"),
+    ("", "--n_kv_head=3", "n_head=4 n_kv_head=3"),
+    ("", "--total_batch_size=500", "--total_batch_size 500 32"),
+    ("", "--total_batch_size=0", "--total_batch_size 0 32"),
+    ("", "--batch_size=5", "--batch_size 160"),
+    # shards
+    ("", "--input_bin=nothing_train_*.bin", "nothing_train_*.bin {cwd} fineweb.py"),
+    ("os.remove('sums_val_000000.bin')", "", "sums_val_*.bin {cwd}"),
+    ("", "--input_bin=sums_val_*.bin", "_val_*.bin NAME_train_*.bin"),
+    ("shard(magic=42)", "", "sums_train_000002.bin fineweb.py"),
+    ("shard(length=4990)", "", "sums_train_000002.bin fineweb.py"),
+    ("shard(length=5001)", "", "sums_train_000002.bin fineweb.py"),
+    ("Path('sums_train_000002.bin').write_bytes(b'')", "", "sums_train_000002.bin"),
+    ("shard(token=257)", "--val_loss_every=0 --num_iterations=99", "sums_train_000002.bin 257"),
+    ("", "--total_batch_size=102400", "sums_train_ --total_batch_size"),
+    ("", "--sequence_length=9000 --total_batch_size=9000", "sums_val_ --sequence_length"),
+    # folders and checkpoints
+    ("Path('a_file').touch()", "--output_dir=a_file/log", "a_file"),
+    ("", "--sample=nowhere.pt", "nowhere.pt is no checkpoint"),
+    ("", "--sample=", "is no checkpoint"),
+    ("Path('a_file').write_text('hello')", "--sample=a_file", "a_file is no checkpoint"),
+    *((wrong, flag, "log/last.pt is no checkpoint") for flag in ("--sample=log/last.pt", "--resume")
+      for wrong in ("last_pt(lambda raw: raw[:-1000])", "last_pt(damaged)", "last_pt(n_embd=64)")),
+    *(("main(small)", f"--resume {flag}", words) for flag, words in (
+        ("--n_layer=3", "n_layer=2 n_layer=3"), ("--norm=layernorm", "norm='rmsnorm'"),
+        ("--sequence_length=64", "block_size=32"), ("--model=d24", "last.pt --model d12"),
+        ("--arch=gpt2", "last.pt --arch variant"), ("--optimizer=adamw", "--optimizer muon"),
+        ("--num_iterations=5", "last.pt 6 --num_iterations"))),
+    ("a_run_at_work()", "", "at work in log"),
+    # what a machine lacks
+    ("patch.setitem(sys.modules, 'transformers', None)", "--sample=gpt2", "pip transformers"),
+    ("fail_in(patch, 'tiktoken', OFFLINE), last_pt(tokenizer='gpt2')", "--sample=log/last.pt",
+     "cannot resolve"),
+    ("fail_in(patch, 'evaluate', CUDA)", "", "memory --batch_size"),
+    ("fail_in(patch, 'orthogonalize', CPU_MEMORY)", "", "memory --model"),
+    ("fail_in(patch, 'set_aside', OSError(28, 'No space left on device'))", "", "No space left"),
+]
+
+
+@pytest.mark.parametrize("wrong, flags, words", ERRORS, ids=[f"{w} {f}" for w, f, _ in ERRORS])
+def test_errors_are_one_line(wrong, flags, words, small, capsys, monkeypatch):
+    """What a beginner meets in the first hour, or somebody whose run takes days."""
+    # assigned, because a lock is let go of where nobody holds it
+    held = eval(wrong or "None", globals(), {"small": small, "patch": monkeypatch})
+    last = Path("log/last.pt")
+    before = last.exists() and last.read_bytes()
+    words = [word.format(cwd=os.getcwd()) for word in words.split()]
+    fails([*small, *flags.split()], capsys, *words)
+    assert before == (last.exists() and last.read_bytes())
+    del held
+
+
+@pytest.mark.parametrize("owner, name, message", [
+    (HeadLoss, "apply", "loss of step 3 is nan"),
+    (train_gpt2, "evaluate", "validation loss of step 6 is nan"),
+])
+def test_a_loss_that_is_not_finite(owner, name, message, small, capsys, monkeypatch):
+    """The run ends, and the last good checkpoint stays."""
+    real = getattr(owner, name)
+
+    def spoiled(*args):
+        return real(*args) * (math.nan if Path("log/last.pt").exists() else 1)
+
+    monkeypatch.setattr(owner, name, spoiled)
+    fails(small, capsys, message, "log/last.pt")
+    state = load("log/last.pt")
+    assert state["step"] == 3 and all(w.isfinite().all() for w in state["model"].values())
+
+
+def test_without_a_vocabulary_there_are_no_samples(small, capsys, monkeypatch):
+    """A machine that is offline trains all the same."""
+    fail_in(monkeypatch, "tiktoken", OFFLINE)
+    for path in Path().glob("sums_*.bin"):
+        fineweb.write_shard(path, np.ones(5000, int), 50257)
+    size = ["--total_batch_size=64", "--val_tokens=64", "--num_iterations=1"]
+    assert main([*small, *size]) == 0
+    out = capsys.readouterr().out
+    assert "no sample: cannot resolve" in out
+    assert "python hellaswag.py -m log/" in out and load("log/last.pt")["tokenizer"] == "gpt2"
+
 
 # -------------------------------------------------------------------------------------------------
 # 8. fineweb.py: from text to shards
 
 fineweb_fails = functools.partial(fails, main=fineweb.main)
 
-def start_fineweb(*argv, setup="", **kwargs):
+
+def start_fineweb(*argv, setup=""):
     """The script in a process of its own; `setup` is code that runs before, to change constants."""
     script = Path(fineweb.__file__).resolve()
     code = f"import runpy, sys; sys.path.insert(0, {str(script.parent)!r}); "
     code += f"import fineweb; {setup}; fineweb.main(sys.argv[1:])"
     command = ["-c", code] if setup else [str(script)]
     return subprocess.Popen([sys.executable, *command, *argv], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **kwargs)
+                            stderr=subprocess.PIPE, text=True)
 
-def run_fineweb(*argv, **kwargs):
+
+def run_fineweb(*argv, setup=""):
     """(exit code, stdout, last line of stderr): before it come progress bars and warnings."""
-    process = start_fineweb(*argv, **kwargs)
+    process = start_fineweb(*argv, setup=setup)
     out, err = process.communicate(timeout=120)
     assert "Traceback" not in err, err
     return process.returncode, out, (err.splitlines() or [""])[-1]
 
+
 def read_shard(path):
-    assert fineweb.count_tokens(path) > 0
     return np.fromfile(path, "<u2", offset=1024)
+
 
 def wait_until(condition, process):
     while not condition():
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
+
 
 @pytest.fixture
 def bpe():
@@ -1355,27 +1191,35 @@ def bpe():
         pytest.skip("TIKTOKEN_CACHE_DIR is not set, and tests do not download GPT-2's vocabulary")
     return pytest.importorskip("tiktoken").get_encoding("gpt2")
 
+
 def write_parquet(path, texts, **kwargs):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     parquet = pytest.importorskip("pyarrow.parquet")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pyarrow.table({"text": texts}), path, **kwargs)
 
-TEXTS = ["plain words, and more of them\n", "<|endoftext|> is only a word here<|endoftext|>", "",
-         "naïve 🙂 中文 \u0301\r\n\ttab   spaces   ", " ", "\n\n\n a\n\nb \n", "it's we'll " * 30,
+
+TEXTS = ["plain words, and more of them\n", "<|endoftext|> is only a word here<|endoftext|>", " ",
+         "naïve 🙂 中文 \u0301\r\n\ttab   spaces   ", "\n\n\n a\n\nb \n", "it's we'll " * 30,
          "def f(x):\n    return x**2\n" * 20, "a" * 300, " \u3000\u00a0\u2028 x\x1cy"]
+
 
 def numbered(n):
     """n documents, all different."""
     return [f"{i}: {TEXTS[i % len(TEXTS)]}" for i in range(n)]
 
-def documents_in(bpe, folder, split):
-    """The documents of a folder's shards, decoded. Every shard but the last must be full."""
-    shards = [read_shard(path) for path in sorted(Path(folder).glob(f"*_{split}_*.bin"))]
-    assert all(len(shard) == fineweb.SHARD_TOKENS for shard in shards[:-1])
-    ids = np.concatenate(shards)
+
+def split_documents(bpe, ids):
+    """Token ids -> the texts between the ids 50256, the first of which stands at the beginning."""
     assert ids[0] == 50256
     return [bpe.decode(part[1:]) for part in np.split(ids, np.flatnonzero(ids == 50256)[1:])]
+
+
+def documents_in(bpe, folder, split):
+    """The documents of a folder's shards. Every shard but the last must be full."""
+    shards = [read_shard(path) for path in sorted(Path(folder).glob(f"*_{split}_*.bin"))]
+    assert all(len(shard) == fineweb.SHARD_TOKENS for shard in shards[:-1])
+    return split_documents(bpe, np.concatenate(shards))
+
 
 def test_shard_format():
     """llm.c's header, whose fourth integer names the vocabulary, and two bytes a token."""
@@ -1386,7 +1230,7 @@ def test_shard_format():
     assert Path("a.bin").read_bytes() == header.tobytes() + bytes.fromhex("50c4d001d50e")
     header[2:4] = [2, 257]
     assert Path("b.bin").read_bytes() == header.tobytes() + bytes.fromhex("00016100")
-    assert sorted(os.listdir()) == ["a.bin", "b.bin"]
+
 
 def test_the_worked_example_is_true(bpe):
     """The ids and bytes that the file's first page shows are those of its ten words."""
@@ -1397,400 +1241,335 @@ def test_the_worked_example_is_true(bpe):
     sixteen = np.array([50256, *ids[:7]], "<u2").tobytes().hex(" ")
     assert f"bytes    {sixteen}\n" in fineweb.__doc__
 
+
 def test_stdlib_corpus():
     """Bytes of the library's source, the same files held out everywhere, made only once."""
     pattern = fineweb.stdlib_corpus()
-    folder = Path(pattern).parent
-    train, val = folder / "stdlib_train_000001.bin", folder / "stdlib_val_000000.bin"
-    assert sorted(Path().glob(pattern)) == [train]
+    train, val = (Path(pattern.replace("train_*", name)) for name in ("train_000001", "val_000000"))
     ids = {path: read_shard(path) for path in (train, val)}
     for path in ids:
         assert ids[path][0] == 256 == ids[path].max() and np.fromfile(path, "<i4", 4)[3] == 257
     assert 0.01 < len(ids[val]) / len(ids[train]) < 0.06
-    source = Path(json.__file__).read_bytes()
-    assert source in ids[train].astype(np.uint8).tobytes()
-    before = train.stat().st_mtime_ns
-    assert fineweb.stdlib_corpus() == pattern and train.stat().st_mtime_ns == before
+    assert Path(json.__file__).read_bytes() in ids[train].astype(np.uint8).tobytes()
+    assert sorted(train.parent.glob("*.*")) == sorted([train.parent / ".gitignore", train, val])
+    train.write_bytes(b"")
+    assert fineweb.stdlib_corpus() == pattern and train.read_bytes() == b""
 
-def test_your_own_text_in_every_format(bpe, monkeypatch, capsys):
-    """.txt, .jsonl and .parquet, packed, in folders: every document comes back, in its order."""
+
+def test_a_text_is_cut_without_changing_its_tokens(bpe):
+    """Wherever a cut may be made, and whatever the size of the pieces."""
+    rng = np.random.default_rng(0)
+    text = "".join(rng.choice(list("ab1.!'\"\n\t    é的\u00a0\u3000\x1c\x85🙂sdtlvre"), 20_000))
+    places = [0, *(match.start() for match in fineweb.CUT.finditer(text)), len(text)]
+    everywhere = [text[a:b] for a, b in zip(places, places[1:], strict=False)]
+    for pieces in (everywhere, list(fineweb.cut(text, 100)), list(fineweb.cut(text, 5000))):
+        assert "".join(pieces) == text
+        assert sum(map(bpe.encode_ordinary, pieces), []) == bpe.encode_ordinary(text)
+    assert all(100 <= len(piece) <= 200 for piece in list(fineweb.cut(text, 100))[:-1])
+    assert list(fineweb.cut("a" * 50, 10)) == ["a" * 20, "a" * 20, "a" * 10]
+
+
+def test_texts_at_which_the_tokenizer_fails(bpe):
+    """Very long runs of one character become tokens all the same, the rest as ever."""
+    runs = [letter * 1_000_000 + "x" for letter in (" ", "a", "\n", "\u3000")]
+    runs += ["\U0001f468\u200d" * 100_000]  # emoji and joiner
+    with pytest.raises(ValueError, match="stack"):
+        bpe.encode_to_numpy(runs[0])
+    documents = [text for run in runs for text in ("before it", f"a {run} b", "after it")]
+    stream = fineweb.tokenize(fineweb.divide(documents, 0))
+    made = split_documents(bpe, np.concatenate([ids for _, ids in stream]))
+    assert made == documents
+
+
+def letters(n):
+    """n characters without a space."""
+    return "".join(np.random.default_rng(0).choice(list("abcdefgh"), n))
+
+
+def words(n, first=0):
+    """n characters of numbers in a row, so that every place is different."""
+    return " ".join(map(str, range(first, first + n)))[:n]
+
+
+@pytest.mark.parametrize("documents, flags, share", [
+    ([words(10_000)], [], 0.1),
+    ([letters(10_000)], [], 0.1),
+    ([words(80_000)], [], 0.1),
+    ([letters(80_000)], [], 0.1),
+    ([words(80_000)], ["--val_share=0.3"], 0.3),
+    ([words(60_000), *numbered(60)], [], 0.1),
+    (numbered(3000), ["--val_share=0.02"], 0.02),
+    ([words(200_000, 10**6 * i) for i in range(60)], [], 0.01),
+])
+def test_the_share_held_out(documents, flags, share, bpe):
+    """It is about what was asked for, of any text, and comes from each quarter of it."""
+    Path("a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    fineweb.main(["--input", "a.jsonl", "--out=o", *flags])
+    val, train = (documents_in(bpe, "o", split) for split in ("val", "train"))
+    text = "".join(documents)
+    held_out = sum(map(len, val))
+    assert held_out + sum(map(len, train)) == len(text)
+    assert 0.7 * share < held_out / len(text) < 1.5 * share
+    if len(text) > 50_000:
+        assert {4 * text.index(piece) // len(text) for piece in val} == {0, 1, 2, 3}
+
+
+def test_your_own_files(bpe, monkeypatch, capsys):
+    """Each way in: documents come back in their order, and a line counts what was read."""
     monkeypatch.setattr(fineweb, "SHARD_TOKENS", 1000)
-    for i, text in enumerate(TEXTS):
-        Path("in/books").mkdir(parents=True, exist_ok=True)
-        Path(f"in/books/{i}.txt").write_bytes(text.encode())
-    Path("in/books/ignored.md").write_text("not one of the kinds")
-    Path("in/c.txt.gz").write_bytes(gzip.compress(TEXTS[3].encode()))
+    Path("in/.git").mkdir(parents=True)
+    wanted = []
+
+    def put(name, content, *texts):
+        Path("in", name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        wanted.extend(texts)
+
+    # in the order of their names, as they are read
+    put("0.gz", gzip.compress(b"packed"), "packed")
     lines = [json.dumps({"text": text}, ensure_ascii=i % 2) for i, text in enumerate(numbered(99))]
-    Path("in/d.jsonl").write_bytes(("\n\n".join(lines) + "\n").encode("utf-8-sig"))
-    Path("in/e.jsonl.gz").write_bytes(gzip.compress(b'{"text": "half \\ud83d of one"}'))
-    write_parquet("in/f.parquet", numbered(90), row_group_size=7)
-    Path("mine").mkdir()
-    Path("mine/source.txt").write_text("mine")
-    fineweb.main(["--input", "in", "in/c.txt.gz", "--out=mine", "--val_share=0.3"])
-    wanted = [*TEXTS, TEXTS[3], *numbered(99), "half ? of one", *numbered(90)]
+    put("1.JSONL", ("\n\n".join(lines) + "\n").encode("utf-8-sig"), *numbered(99))
+    put("2.jsonl.gz", gzip.compress(b'{"text": "half \\ud83d of one"}'), "half ? of one")
+    write_parquet("in/3.parquet", [*numbered(90), "", None], row_group_size=7)
+    wanted.extend(numbered(90))
+    put("BOOK.TXT", "\ufeffone\r\n<|endoftext|>\r\ntwo\n<|endoftext|>\n\n three",
+        "one\r\n", "two\n", " three")
+    put("a.md", TEXTS[3], TEXTS[3])
+    put("b.py", TEXTS[6], TEXTS[6])
+    put("c.html", "")
+    put("d.png", b"\x89PNG\xff")
+    put(".hidden.txt", "hidden")
+    put(".git/config.txt", "hidden")
+    fineweb.main(["--input", "in", "in/../in/a.md", "--out=mine", "--val_share=0.3"])
     val, train = (documents_in(bpe, "mine", split) for split in ("val", "train"))
     assert sorted(val + train) == sorted(wanted)
     for part in (val, train):  # in order: a walk through wanted meets them all
         walk = iter(wanted)
         assert all(text in walk for text in part)
-    characters = [sum(map(len, part)) for part in (val, train)]
-    assert abs(characters[0] / sum(characters) - 0.3) < 0.05
-    assert len(list(Path("mine").glob("text_train_*.bin"))) > 3
-    assert Path("mine/source.txt").read_text() == "mine" and not list(Path("mine").glob("*.tmp"))
-    assert "--input_bin 'mine/text_train_*.bin'" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "in/d.png is passed over" in out
+    assert set(out.splitlines()[1].split(", ")) == {
+        f"9 files: {len(wanted)} documents read", "101 empty documents passed over",
+        "1 files passed over"}
 
-def test_a_long_text_is_cut_without_changing_its_tokens(bpe, monkeypatch):
-    """Whatever the size of the blocks, their tokens are those of the whole text."""
-    rng = np.random.default_rng(0)
-    text = "".join(rng.choice(list("ab1.!'\"\n\t    é的\u00a0\u3000\x1c\x85🙂sdtlvre"), 5000))
-    Path("a.txt").write_text(text, newline="")
-    for size in (2, 3, 10, 64, 10000):
-        monkeypatch.setattr(fineweb, "BLOCK", size)
-        blocks = list(fineweb.read_files([Path("a.txt")]))
-        assert "".join(block for _, block in blocks) == text and (len(blocks) > 20) == (size < 100)
-        assert [begins for begins, _ in blocks] == [True] + [False] * (len(blocks) - 1)
-        assert sum((bpe.encode_ordinary(block) for _, block in blocks), []) == \
-            bpe.encode_ordinary(text)
 
-def test_one_book_gives_training_and_validation(bpe, capsys):
-    """A single .txt is divided, and the command that is printed asks for no more than it has."""
-    Path("book.txt").write_text("".join(f"{i} is a number. " for i in range(20_000)))
-    fineweb.main(["--input", "book.txt", "--out=o"])
-    train, val = read_shard("o/text_train_000001.bin"), read_shard("o/text_val_000000.bin")
-    assert train[0] == val[0] == 50256 and len(val) < 0.3 * len(train)
-    batch, steps = map(int, re.search(r"--total_batch_size (\d+) --num_iterations (\d+)",
-                                      capsys.readouterr().out).groups())
-    assert batch % 1024 == 0 and 4 < len(train) / batch and 3.5 < steps * batch / len(train) <= 4
+@pytest.mark.parametrize("tokens, model", [
+    (3_000, "tiny"), (20_000, "tiny"), (300_000, "tiny"), (18_700_000, "tiny"),
+    (200_000_000, "d12"), (1_000_000_000, "d12"), (10_300_000_000, "d24")])
+def test_the_advice(tokens, model, capsys):
+    """A model that fits the text, some hundred steps at least, and at most four passes."""
+    for i in range(0, tokens, 10**8):
+        with open(f"text_train_{i // 10**8:06d}.bin", "wb") as file:
+            file.truncate(1024 + 2 * min(10**8, tokens - i))  # takes no room on the disk
+    fineweb.say_what_next(Path(), "text")
+    args = train_gpt2.make_parser().parse_args(
+        shlex.split(capsys.readouterr().out.splitlines()[-1])[2:])
+    assert args.model == model
+    read = args.num_iterations * args.total_batch_size
+    assert read <= 4 * tokens and (read > 3.9 * tokens or args.num_iterations == 19073)
+    assert (300 if tokens > 10_000 else 90) <= args.num_iterations <= 19073
+    assert args.total_batch_size % 128 == 0
 
-PARQUET = b"PAR1 and then nothing"
-DEEP = b'{"text": ' + b"[" * 50_000
 
-@pytest.mark.parametrize("name, content, messages", [
-    ("bad.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', ["row 3"]),
-    ("bad.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', ["row 2", '"text"']),
-    ("bad.jsonl", b'{"text": "a"}\n{"text": null}\n', ["row 2", '"text"']),
-    ("bad.jsonl", b'["a"]\n', ["row 1"]),
-    ("bad.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}', ["row 2", "utf-8"]),
-    ("bad.jsonl", b'{"text": "a"}\n' + DEEP, ["row 2", "recursion"]),
-    ("bad.txt", b"caf\xe9 in another encoding", ["utf-8"]),
-    ("bad.txt.gz", gzip.compress(b"a" * 1000)[:-20], ["ended"]),
-    ("bad.txt.gz", b"no gzip at all", ["gzip"]),
-    ("bad.jsonl.gz", gzip.compress(bytes(range(256)) * 99)[:40] + b"?" * 40, ["decompress"]),
-    ("bad.parquet", PARQUET, ["Parquet"]),
-    ("bad.md", b"words", [".jsonl"]),
-    ("bad.txt", None, ["no file"]),
-    ("empty", None, ["no file"]),
-])
-def test_bad_input(name, content, messages, bpe, capsys):
-    """Each is one line that names the file; no shard and nothing half done is left."""
-    if content is PARQUET:
-        pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    Path("a.txt").write_text("good")
-    Path("empty").mkdir()
-    if content is not None:
-        Path(name).write_bytes(content)
-    fineweb_fails(["--input", "a.txt", name, "--out=mine"], capsys, name, *messages)
-    assert not list(Path().rglob("*.bin")) and not list(Path().rglob("*.tmp"))
+def test_the_printed_command_works(bpe, capsys):
+    """Pasted as it is, with a folder that shell and glob would read otherwise; git ignores it."""
+    Path("a.txt").write_text(words(10_000))
+    fineweb.main(["--input", "a.txt", "--out=it's [1] book"])
+    command = capsys.readouterr().out.splitlines()[-1]
+    main([*shlex.split(command)[2:], "--num_iterations=1", "--val_loss_every=0",
+          "--output_dir=log"])
+    assert log_of()[0] > 10
+    assert Path("it's [1] book/.gitignore").read_text() == "*\n"
 
-def test_a_damaged_parquet_file_is_named_itself(bpe, capsys):
-    """Wherever its bytes are wrong, the message names the file and not the output's folder."""
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    write_parquet("a.parquet", numbered(2000), compression="zstd", row_group_size=500)
-    write_parquet("b.parquet", [None])
-    write_parquet("c.parquet", ["x"])
-    whole = Path("a.parquet").read_bytes()
-    pyarrow.parquet.write_table(pyarrow.table({"words": ["a"]}), "c.parquet")
-    for name in ("b.parquet", "c.parquet"):
-        fineweb_fails(["--input", name, "--out=mine"], capsys, f"error: {name}, row 1", '"text"')
-    named = 0
-    for i in range(20):
-        start = len(whole) * i // 20
-        Path("a.parquet").write_bytes(whole[:start] + bytes(40) + whole[start + 40:])
-        try:
-            list(fineweb.read_files([Path("a.parquet")]))
-        except SystemExit as e:
-            assert e.code.startswith("error: a.parquet, row ")
-            named += 1
-    assert named > 10
 
-def test_bad_ways_to_call_fineweb(bpe, capsys, monkeypatch):
-    Path("a.txt").write_text("too little")
-    Path("b.txt").write_text("too little " * 2000)
-    write_parquet("b.parquet", ["x"])
-    for argv, *messages in (
-            (["--input", "a.txt"], "--out"), (["--val_share=1"], "--val_share"),
-            (["--input", "a.txt", "--out=o", "--tokenize"], "--tokenize"),
-            (["--shards=0"], "--shards"), (["-v=1T"], "1T"), (["--colour=red"], "--colour"),
-            (["--input", "a" * 5000, "--out=o"], "--input"),
-            (["-t=edu", "-v=100B"], "--tokenize"),
-            (["--input", "a.txt", "--out=o", "--shards=1000000000"], "--shards"),
-            (["--input", "a.txt", "b.txt", "--out=p"], "too small")):
-        fineweb_fails(argv, capsys, *messages)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    fineweb_fails(["--input", "b.parquet", "--out=q"], capsys, "b.parquet", "pip install pyarrow")
-    monkeypatch.setattr("tiktoken_ext.openai_public.gpt2", lambda: os.stat("no vocabulary"))
-    fineweb_fails(["--input", "b.txt", "--out=r"], capsys, "no vocabulary", "TIKTOKEN_CACHE_DIR")
+BAD_INPUTS = [
+    ("bad.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', "row 3"),
+    ("bad.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "row 2: KeyError: 'text'"),
+    ("bad.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}', "row 2: UnicodeDecodeError"),
+    ("bad.txt.gz", gzip.compress(b"a" * 1000)[:-20], "ended"),
+    ("bad.gz", b"no gzip at all", "BadGzipFile"),
+    ("bad.parquet", b"PAR1 and then nothing", "Parquet"),
+    ("bad.txt", b"caf\xe9 in another encoding", "too little text"),
+    ("short.txt", b"words " * 100, "too little text"),
+    ("nowhere.txt", None, "no file"),
+]
 
-def test_a_folder_belongs_to_one_run(bpe, capsys):
-    """Shards that are there are not written over, nor those that another run is making."""
+
+def test_errors_that_get_one_line(bpe, capsys, monkeypatch):
+    """Each names the file, and its row; no shard and nothing half done is left."""
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    Path("mine").mkdir()
+    for name, content, message in BAD_INPUTS:
+        if content is not None:
+            Path(name).write_bytes(content)
+        fineweb_fails(["--input", name, "--out=mine"], capsys, message,
+                      "" if "too little" in message else name)
+    Path("good.txt").write_text("word " * 2000)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    fineweb_fails(["--input", "bad.parquet", "--out=mine"], capsys, "bad.parquet", "pyarrow")
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: os.stat("no vocabulary"))
+    fineweb_fails(["--input", "good.txt", "--out=mine"], capsys, "TIKTOKEN_CACHE_DIR")
+    assert not os.listdir("mine")
+
+
+def test_no_shard_is_written_over(bpe, capsys, monkeypatch):
+    """Neither those that exist at the start nor those that another run has made at the end."""
     Path("a.txt").write_text("word " * 40_000)
     argv = ["--input", "a.txt", "--out=mine"]
-    Path("mine/tokenizing.tmp").mkdir(parents=True)
-    Path("mine/tokenizing.tmp/kept").touch()
-    fineweb_fails(argv, capsys, "another run", "remove mine/tokenizing.tmp")
-    assert Path("mine/tokenizing.tmp/kept").exists()
-    shutil.rmtree("mine/tokenizing.tmp")
-    fineweb.main(argv)
-    before = {path: path.read_bytes() for path in Path("mine").iterdir()}
-    for other in (argv, ["--tokenize", "--out=mine"]):
+    read_files = fineweb.read_files
+
+    def meanwhile(paths):
+        Path("mine/text_val_000000.bin").write_text("theirs")
+        return read_files(paths)
+
+    monkeypatch.setattr(fineweb, "read_files", meanwhile)
+    Path("mine").mkdir()
+    for other in (argv, argv, ["--tokenize", "--out=mine"]):
         fineweb_fails(other, capsys, "mine holds shards already")
-    assert {path: path.read_bytes() for path in Path("mine").iterdir()} == before
+    assert [path.read_text() for path in Path("mine").glob("*.bin")] == ["theirs"]
 
-def test_a_full_disk_is_one_line(bpe):
-    """RLIMIT_FSIZE stands for the disk: no file may grow beyond 100 kB."""
-    Path("a.txt").write_text("word " * 400_000)
-    code, _, err = run_fineweb("--input", "a.txt", "--out=mine", preexec_fn=lambda: (
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))))
-    assert code == 1 and err.startswith("error: cannot write to mine") and not os.listdir("mine")
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_tokenizing_leaves_nothing_that_looks_finished(bpe, number, capsys):
-    """Ctrl-C cleans up after itself; a killed run leaves a folder that the next one names."""
+def test_an_interrupted_tokenizing_leaves_nothing_that_looks_finished(bpe):
+    """After a kill no shard has its name, and the same command makes all of them."""
     Path("a.jsonl").write_text((json.dumps({"text": "word " * 500}) + "\n") * 20_000)
-    process = start_fineweb("--input", "a.jsonl", "--out=mine",
-                            setup="fineweb.SHARD_TOKENS = 100_000")
-    wait_until(lambda: len(list(Path("mine").rglob("*.bin"))) > 2, process)
-    process.send_signal(number)
-    process.communicate(timeout=60)
+    setup = "fineweb.SHARD_TOKENS = 100_000"
+    process = start_fineweb("--input", "a.jsonl", "--out=mine", setup=setup)
+    wait_until(lambda: len(list(Path("mine").glob("*.tmp"))) > 2, process)
+    process.kill()
+    process.communicate()
     assert not list(Path("mine").glob("*.bin"))
-    if number == signal.SIGKILL:
-        fineweb_fails(["--input", "a.jsonl", "--out=mine"], capsys, "remove mine/tokenizing.tmp")
-    else:
-        assert not os.listdir("mine")
+    code, out, err = run_fineweb("--input", "a.jsonl", "--out=mine", setup=setup)
+    assert code == 0 and sum(map(len, map(read_shard, Path("mine").glob("*.bin")))) > 10_000_000
 
-def test_pipes_and_ctrl_c_are_quiet(bpe):
-    """--help goes through a pipe, a reader that leaves is no error, Ctrl-C is exit code 130."""
-    code, out, err = run_fineweb("--help")
-    assert code == 0 and "--val_share" in out and not err
-    reader, writer = os.pipe()
-    os.close(reader)
-    env = {**os.environ, "PYTHONUNBUFFERED": ""}  # so that a text waits for the end, as usual
-    done = subprocess.run([sys.executable, fineweb.__file__, "--help"], stdout=writer, env=env,
-                          stderr=subprocess.PIPE, timeout=60)
-    os.close(writer)
-    assert not done.stderr
-    Path("a.jsonl").write_text((json.dumps({"text": "word " * 500}) + "\n") * 20_000)
-    process = start_fineweb("--input", "a.jsonl", "--out=mine")
-    wait_until(lambda: Path("mine").exists(), process)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and not err
 
-def test_fineweb_on_a_poor_terminal(bpe):
-    """A terminal that cannot show the folder's name is no reason to end in a traceback."""
-    Path("a.txt").write_text("word " * 20_000)
-    code, out, _ = run_fineweb("--input", "a.txt", "--out=a→b",
-                               env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
-    assert code == 0 and out.startswith("a?b: ")
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers as huggingface.co does.
 
-# -------------------------------------------------------------------------------------------------
-# fineweb.py: downloads, from a server that answers as the hub does
-
-COMMIT = "c" * 40
-
-class Hub(http.server.ThreadingHTTPServer):
-    """files: {dataset/path: bytes}. faults: {word in "METHOD address": [a fault for each of the
-    next requests]}: a status, "cut" (half of the body) or "stall" (half of it, and then nothing).
-    log: (method, path, Range, whether a token came)."""
-    daemon_threads = True
-
-    def __init__(self, files):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files = files
-        self.faults = collections.defaultdict(list)
-        self.log = []
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    def handle_error(self, *args):
-        pass  # a client that hangs up is part of the test
-
-class Handler(http.server.BaseHTTPRequestHandler):
+    Its server has files, {dataset/path: bytes}, faults, which come true at the next request of a
+    file, {dataset/path: "cut" (half of the rest) or "stall" (half, and then nothing)}, and a log of
+    (dataset/path, first byte asked for).
+    """
     protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        hub = self.server
+        repo, kind, path = re.match(r"(?:/api)?/datasets/(\w+/[\w-]+)/(\w+)/(.*)",
+                                    self.path).groups()
+        name = f"{repo}/{path.split('/', 1)[-1]}"
+        if kind == "revision":
+            body = json.dumps({"id": repo, "sha": "c" * 40}).encode()
+        elif kind == "tree":
+            body = json.dumps([{
+                "type": "file", "path": file[len(repo) + 1:], "size": len(content), "oid": "0" * 40,
+                "lfs": {"size": len(content), "oid": hashlib.sha256(content).hexdigest(),
+                        "pointerSize": 1},
+            } for file, content in hub.files.items() if file.startswith(repo)]).encode()
+        else:
+            body = hub.files[name]
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.end_headers()
+        if self.command == "GET":
+            if kind == "resolve":
+                hub.log.append((name, start))
+            fault = hub.faults.pop(name, None)
+            self.wfile.write(body[start:(start + len(body)) // 2] if fault else body[start:])
+            self.wfile.flush()
+            time.sleep(600 if fault == "stall" else 0)
+            self.close_connection = fault is not None
+
+    do_HEAD = do_GET
 
     def log_message(self, *args):
         pass
 
-    def answer(self, code, body=b"", length=None, **headers):
-        self.send_response(code)
-        length = len(body) if length is None else length
-        for name, value in {"Content-Length": length, **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-            self.wfile.flush()
-
-    def do_GET(self):
-        hub = self.server
-        token = "Authorization" in self.headers
-        hub.log.append((self.command, self.path, self.headers.get("Range"), token))
-        line = f"{self.command} {self.path}"
-        fault = next((f.pop(0) for word, f in hub.faults.items() if f and word in line), None)
-        if isinstance(fault, int):
-            return self.answer(fault, b"not now", **({"Retry_After": 0} if fault == 429 else {}))
-        if self.path.startswith("/content/"):  # the second host
-            body = hub.files[self.path[9:]]
-            start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
-            headers = {"Content_Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
-            code, rest = (206 if start else 200), body[start:]
-            if fault:
-                self.answer(code, rest[:len(rest) // 2], len(rest), **headers)
-                time.sleep(600 if fault == "stall" else 0)
-                self.close_connection = True
-                return None
-            return self.answer(code, rest, **headers)
-        match = re.match(r"(?:/api)?/datasets/([\w-]+/[\w-]+)/(\w+)/(.*)", self.path)
-        if not match:
-            return self.answer(404, b"no such page")
-        repo, kind, path = match.groups()
-        if kind == "revision":
-            return self.answer(200, json.dumps({"id": repo, "sha": COMMIT}).encode())
-        if kind == "tree":
-            entries = [{"type": "file", "path": name[len(repo) + 1:], "size": len(body),
-                        "oid": "0" * 40, "lfs": {"size": len(body), "pointerSize": 1,
-                                                 "oid": hashlib.sha256(body).hexdigest()}}
-                       for name, body in hub.files.items() if name.startswith(repo + "/")]
-            return self.answer(200, json.dumps(entries).encode())
-        name = f"{repo}/{path.split('/', 1)[1]}"
-        return self.answer(302, Location=f"http://localhost:{hub.server_port}/content/{name}",
-                           X_Repo_Commit=COMMIT, X_Linked_Size=len(hub.files[name]),
-                           X_Linked_Etag=f'"{hashlib.sha256(hub.files[name]).hexdigest()}"')
-
-    do_HEAD = do_GET
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """The validation shard and two training shards of two datasets, 40 kB each."""
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
-    rng = np.random.default_rng(0)
-    files = {}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files, server.faults, server.log = {}, {}, []
     for dataset in ("fineweb10B-gpt2/fineweb", "finewebedu10B-gpt2/finewebedu"):
-        for name in ("val_000000", "train_000001", "train_000002"):
-            fineweb.write_shard("made", rng.integers(0, 50257, 20_000))
-            files[f"kjj0/{dataset}_{name}.bin"] = Path("made").read_bytes()
-    Path("made").unlink()
-    server = Hub(files)
+        for i, name in enumerate(("val_000000", "train_000001", "train_000002")):
+            fineweb.write_shard("made", np.arange(20_000) + i)
+            server.files[f"kjj0/{dataset}_{name}.bin"] = Path("made").read_bytes()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NO_PROXY", "*")
-    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     yield server
     server.shutdown()
     server.server_close()
 
+
 def downloaded(hub, folder="fineweb10B", prefix="fineweb_"):
-    """The folder holds the dataset's shards, byte for byte, and beside .cache nothing else."""
-    there = {path.name: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()
-             and ".cache" not in path.parts}
+    """The folder holds the dataset's shards, byte for byte, and no other ones."""
+    there = {path.name: path.read_bytes() for path in Path(folder).glob("*.bin")}
     return there == {name.split("/")[-1]: body for name, body in hub.files.items()
                      if name.split("/")[-1].startswith(prefix)}
 
+
 def test_downloaded_shards(hub):
-    """They lie where train_gpt2.py looks; again, nothing is fetched; -t edu keeps its names."""
-    code, out, err = run_fineweb("--shards=1")
+    """As many as asked for, where train_gpt2.py looks; again, nothing is fetched; -t edu has
+    another name."""
+    code, _, err = run_fineweb("--shards=1")
     assert code == 0 and len(list(Path("fineweb10B").glob("*.bin"))) == 2, err
     code, out, err = run_fineweb()
-    assert code == 0 and downloaded(hub) and "python train_gpt2.py --model d12 --total" in out, err
+    assert code == 0 and downloaded(hub) and "'fineweb10B/fineweb_train_*.bin'" in out, err
     hub.log.clear()
-    assert run_fineweb("--shards=2")[0] == 0 and downloaded(hub)
-    assert not [path for _, path, _, _ in hub.log if path.startswith("/content/")]
-    code, out, err = run_fineweb("-t=edu")
+    assert run_fineweb("--shards=2")[0] == 0 and downloaded(hub) and not hub.log
+    code, _, err = run_fineweb("-t=edu")
     assert code == 0 and downloaded(hub, "edu_fineweb10B", "finewebedu_"), err
-    assert "--input_bin 'edu_fineweb10B/finewebedu_train_*.bin'" in out
 
-@pytest.mark.parametrize("where, fault", [("GET /content/", "cut"), ("GET /content/", 500),
-                                          ("GET /content/", 429), ("HEAD /datasets/", 500),
-                                          ("HEAD /datasets/", 429), ("GET /api/datasets/", 500)])
-def test_faults_on_the_way_change_no_shard(hub, fault, where):
-    """What the library does not bear ends in one line, and the same command completes the rest."""
-    if fault == "cut":  # the library keeps of a broken answer what it has of 10 MB each
-        fineweb.write_shard("made", np.arange(12_000_000) % 50257)
-        hub.files["kjj0/fineweb10B-gpt2/fineweb_train_000001.bin"] = Path("made").read_bytes()
-        where += "kjj0/fineweb10B-gpt2/fineweb_train_000001"
-    hub.faults[where] = [fault]
+
+def test_a_cut_on_the_way_changes_no_shard(hub):
+    """The connection breaks in the middle of a file: from there it goes on, now or next time."""
+    # large, as the library keeps of a broken answer what it has of 10 MB each
+    name = "kjj0/fineweb10B-gpt2/fineweb_train_000001.bin"
+    hub.files[name] = bytes(24_000_000)
+    hub.faults[name] = "cut"
     code, _, err = run_fineweb()
     if code:
         assert code == 1 and err.startswith("error: kjj0/fineweb10B-gpt2: "), err
         code, _, err = run_fineweb()
-    assert code == 0 and downloaded(hub) and not hub.faults[where], err
-    ranges = [asked for _, path, asked, _ in hub.log if asked and path.startswith("/content/")]
-    assert bool(ranges) == (fault == "cut")
+    assert code == 0 and downloaded(hub), err
+    assert [start for asked, start in hub.log if asked == name][-1] >= 10_000_000
+
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_download_can_be_stopped_at_any_moment(hub, number):
+def test_a_download_can_be_stopped_at_any_moment(hub, number, monkeypatch):
     """Half a file has no shard's name, Ctrl-C waits for nothing, and the same command goes on."""
-    hub.faults["GET /content/kjj0/fineweb10B-gpt2/fineweb_train_000002"] = ["stall"] * 9
-    process = start_fineweb(env={**os.environ, "HF_HUB_DOWNLOAD_TIMEOUT": "600"})
-    wait_until(lambda: any("content" in path and "2.bin" in path for _, path, _, _ in hub.log),
-               process)
+    name = "kjj0/fineweb10B-gpt2/fineweb_train_000002.bin"
+    hub.faults[name] = "stall"
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "600")
+    process = start_fineweb()
+    wait_until(lambda: (name, 0) in hub.log, process)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == (130 if number == signal.SIGINT else -9) and "Trace" not in err
+    process.communicate(timeout=60)
+    assert process.returncode == -number
     for path in Path("fineweb10B").glob("*.bin"):
         assert path.read_bytes() == hub.files[f"kjj0/fineweb10B-gpt2/{path.name}"]
-    hub.faults.clear()
     assert run_fineweb()[0] == 0 and downloaded(hub)
 
-def test_an_interrupted_download_of_raw_text_can_be_repeated(bpe, hub):
-    """Nothing is claimed before the text is there, and no text is fetched for a refusal."""
-    write_parquet("made", numbered(200))
-    name = "HuggingFaceFW/fineweb/sample/10BT/000_00000.parquet"
-    hub.files[name] = Path("made").read_bytes()
-    hub.faults[f"GET /content/{name}"] = ["stall"]
-    setup = "fineweb.SHARD_TOKENS = 1000"
-    process = start_fineweb("--tokenize", "--shards=2", setup=setup)
-    wait_until(lambda: any("/content/" in path for _, path, _, _ in hub.log), process)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130 and os.listdir("fineweb10B") == ["raw"]
-    _, _, err = run_fineweb("--tokenize", "--shards=2", setup=setup)
-    assert len(list(Path("fineweb10B").glob("*.bin"))) == 3, err
-    hub.log.clear()
-    _, _, err = run_fineweb("--tokenize", "--shards=2", setup=setup)
-    assert "holds shards already" in err and not hub.log
 
-def test_a_token_stays_with_the_hub(hub, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+def test_when_nothing_can_be_downloaded(hub, monkeypatch, capsys):
+    """One line says why: somebody's own shards are there, or nobody answers."""
+    Path("mine").mkdir()
+    own = Path("mine/fineweb_train_000001.bin")
+    own.write_bytes(b"mine")
+    fineweb_fails(["--shards=1", "--out=mine"], capsys, "mine holds shards already")
+    assert own.read_bytes() == b"mine" and not hub.log
     assert run_fineweb()[0] == 0
-    seen = {(path.startswith("/content/"), token) for _, path, _, token in hub.log
-            if "kjj0" in path}
-    assert seen == {(False, True), (True, False)}
-
-def test_what_is_not_the_hubs_is_not_replaced(hub):
-    """Somebody's own shard stays; a damaged one, which the hub vouches for, is named."""
-    Path("fineweb10B").mkdir()
-    own = Path("fineweb10B/fineweb_train_000001.bin")
-    fineweb.write_shard(own, [50256, 1, 2])
-    before = own.read_bytes()
-    code, _, err = run_fineweb("--shards=1")
-    assert code == 1 and f"{own} is not the hub's file" in err and own.read_bytes() == before
-    own.unlink()
-    name = "kjj0/fineweb10B-gpt2/fineweb_train_000001.bin"
-    hub.files[name] = hub.files[name][:-2]
-    code, _, err = run_fineweb("--shards=1")
-    assert code == 1 and f"{own} is damaged" in err and "remove it" in err
-
-def test_errors_of_the_hub_are_one_line(hub, monkeypatch):
-    hub.faults["/api/"] = [401] * 9
-    code, _, err = run_fineweb()
-    assert code == 1 and "401" in err and "HF_TOKEN" in err
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "HF_HUB_OFFLINE" in run_fineweb()[2]
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    # also where earlier shards are there, which are not all
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     code, _, err = run_fineweb()
     assert code == 1 and err.startswith("error: kjj0/") and "HF_ENDPOINT" in err
+
 
 def test_raw_text_becomes_llmc_shards(bpe, hub):
     """The first shard validates, whatever the number of cores, and few --shards take few files."""
@@ -1799,20 +1578,23 @@ def test_raw_text_becomes_llmc_shards(bpe, hub):
         write_parquet("made", texts[100 * i:100 * (i + 1)], row_group_size=30)
         name = f"HuggingFaceFW/fineweb/sample/10BT/{i:03d}_00000.parquet"
         hub.files[name] = Path("made").read_bytes()
+    hub.faults["HuggingFaceFW/fineweb/sample/10BT/003_00000.parquet"] = "cut"
     ids = np.array([i for text in texts for i in (50256, *bpe.encode_ordinary(text))])
     wanted = {f"fineweb_{'train' if i else 'val'}_{i:06d}.bin": ids[1000 * i:1000 * (i + 1)]
               for i in range(-(-len(ids) // 1000))}
     for cores in (1, 3):
         setup = f"fineweb.SHARD_TOKENS = 1000; import os; os.cpu_count = lambda: {cores}"
-        _, _, err = run_fineweb("--tokenize", f"--out=all{cores}", setup=setup)
-        assert "too small" in err, err  # no 1,024 tokens in a row, but they are made
+        code, _, err = run_fineweb("--tokenize", f"--out=all{cores}", setup=setup)
+        if code:  # the library gave up at the cut
+            code, _, err = run_fineweb("--tokenize", f"--out=all{cores}", setup=setup)
         made = {path.name: read_shard(path) for path in Path(f"all{cores}").glob("*.bin")}
-        assert made.keys() == wanted.keys()
+        assert code == 0 and made.keys() == wanted.keys(), err
         assert all(np.array_equal(made[name], wanted[name]) for name in made)
     run_fineweb("--tokenize", "--shards=2", setup=setup)
     assert {path.name for path in Path("fineweb10B").glob("*.bin")} == {
         "fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"}
     assert len(list(Path("fineweb10B/raw").rglob("*.parquet"))) == 1
+
 
 def test_real_text_and_back(bpe):
     """FINEWEB_SAMPLE names a folder with parquet files of FineWeb: every document comes back."""
@@ -1820,9 +1602,12 @@ def test_real_text_and_back(bpe):
     if "FINEWEB_SAMPLE" not in os.environ:
         pytest.skip("FINEWEB_SAMPLE is not set: no parquet files of FineWeb")
     path = sorted(Path(os.environ["FINEWEB_SAMPLE"]).rglob("*.parquet"))[0]
-    fineweb.main(["--input", str(path), "--out=o"])
-    made = documents_in(bpe, "o", "val") + documents_in(bpe, "o", "train")
-    assert sorted(made) == sorted(parquet.read_table(path, columns=["text"])["text"].to_pylist())
+    texts = parquet.read_table(path, columns=["text"])["text"].to_pylist()[:3000]
+    ids = [(split, ids) for split, ids in fineweb.tokenize(fineweb.divide(texts, 0))]
+    assert {split for split, _ in ids} == {"train"}
+    made = np.concatenate([part for _, part in ids])
+    assert made.tolist() == [i for text in texts for i in (50256, *bpe.encode_ordinary(text))]
+
 
 # -------------------------------------------------------------------------------------------------
 # 9. hellaswag.py
@@ -1838,13 +1623,15 @@ class SmallModel(nn.Module):
         self.wte = nn.Embedding(vocab_size, width)
         self.rnn = nn.GRU(width, width, batch_first=True)
         self.lm_head = nn.Linear(width, vocab_size + 7)
+        self.shapes = []
         with torch.no_grad():
             self.lm_head.weight.mul_(20)
             self.lm_head.bias[vocab_size:] = 1000
 
     def features(self, idx):
-        assert idx.size(1) <= self.config.block_size
+        self.shapes.append(tuple(idx.shape))
         return self.rnn(self.wte(idx))[0]
+
 
 @torch.no_grad()
 def plain_log_probs(model, items):
@@ -1860,8 +1647,10 @@ def plain_log_probs(model, items):
             sums.append(total)
     return np.array(sums).reshape(-1, 4)
 
+
 def encode_bytes(text):
     return list(text.encode())
+
 
 def made_questions(n, longest=40):
     """n questions of random letters, with contexts and endings of many lengths."""
@@ -1873,8 +1662,10 @@ def made_questions(n, longest=40):
     return [dict(activity_label="Doing", ctx_a=text(), ctx_b="then", ctx=text(), label=i % 4,
                  endings=[text() for _ in range(4)]) for i in range(n)]
 
+
 def write_questions(path, questions):
     Path(path).write_text("".join(json.dumps(q) + "\n" for q in questions))
+
 
 @pytest.fixture
 def stub(monkeypatch):
@@ -1886,15 +1677,13 @@ def stub(monkeypatch):
     monkeypatch.setitem(sys.modules, "train_gpt2", module)
     return module
 
-def score(*flags):
+
+def score(flags=()):
     hellaswag.main(["-m", "model.pt", "--device=cpu", *flags])
 
-def score_fails(*flags):
-    """The one line, beginning with "error:", with which the command must end."""
-    with pytest.raises(SystemExit) as e:
-        score(*flags)
-    assert e.value.code.startswith("error: ") and "\n" not in e.value.code
-    return e.value.code
+
+score_fails = functools.partial(fails, main=score)
+
 
 def test_real_questions_get_the_answers_of_the_plain_loop():
     """On the first 500 of the validation set acc and acc_norm choose what the plain loop does."""
@@ -1918,16 +1707,19 @@ def test_real_questions_get_the_answers_of_the_plain_loop():
     assert ((ours / norms).argmax(1) == (plain / norms).argmax(1)).all()
     assert set((ours / norms).argmax(1)) == {0, 1, 2, 3}
 
-@pytest.mark.parametrize("tokens, batches", [(1, 160), (300, None), (99999, 1)])
-def test_batches_do_not_change_the_scores(tokens, batches, monkeypatch):
+
+@pytest.mark.parametrize("tokens", [1, 300, 99999])
+def test_batches_do_not_change_the_scores(tokens, monkeypatch):
     """Neither the rows that share a batch nor the zeros behind short ones show in the scores."""
     monkeypatch.setattr(hellaswag, "TOKENS_PER_BATCH", tokens)
-    model = SmallModel()
-    items = [hellaswag.encode_question(q, encode_bytes, 96) for q in made_questions(40)]
-    calls = []
-    ours = hellaswag.log_probs(model, items, contextlib.nullcontext, lambda *n: calls.append(n))
+    model = SmallModel(block_size=70)
+    items = [hellaswag.encode_question(q, encode_bytes, 70) for q in made_questions(40)]
+    ours = hellaswag.log_probs(model, items, contextlib.nullcontext)
+    # few lengths, as each new one costs time on a GPU, and none beyond what the model can read
+    assert {T for _, T in model.shapes} <= {32, 64, 70}
+    assert (len(model.shapes) == 160) == (tokens == 1) and sum(B for B, _ in model.shapes) == 160
     assert np.abs(ours - plain_log_probs(model, items)).max() < 1e-3 and ours.std() > 10
-    assert calls[-1] == (160, 160) and len(calls) == (batches or len(calls))
+
 
 def test_a_row_is_cut_to_what_the_model_reads():
     """A row that is too long loses its beginning, and the rest is scored as usual."""
@@ -1942,6 +1734,7 @@ def test_a_row_is_cut_to_what_the_model_reads():
     assert list(map(bytes, item.rows)) == rows
     assert item.scored == item.norms == [4, 2, 2, 12]
 
+
 def test_the_harness_style():
     """Strings and lengths are those that lm-evaluation-harness 0.4.13 makes of this question."""
     q = dict(activity_label="Hair", ctx_a="He sits. [title] Then", ctx_b="he LAUGHS [step] ",
@@ -1953,72 +1746,66 @@ def test_the_harness_style():
     # Of the last ending nothing is left. The harness divides by 0 then, so it is never chosen.
     assert item.norms[:3] == [9, 2, 3] and -5 / item.norms[3] < -1e6
 
+
 def test_right_answers_of_parts_add_up():
     """Sum and mean may choose differently, parts add up, empty ones too, and nan is not right."""
     items = [hellaswag.Item([], [], [1, 2, 4, 1], 2), hellaswag.Item([], [], [1, 1, 1, 1], 0)]
     logp = np.array([[-3.0, -3, -4, -9], [-1, -2, -3, -4]])
-    assert hellaswag.accuracy(logp, items) == (0.5, 1.0)
+    assert hellaswag.right_answers(logp, items) == (1, 2)
     assert hellaswag.right_answers(logp[:1], items[:1]) == (0, 1)
     assert hellaswag.right_answers(logp[1:], items[1:]) == (1, 1)
     nothing = hellaswag.log_probs(SmallModel(), [], contextlib.nullcontext)
     assert hellaswag.right_answers(nothing, []) == (0, 0)
     assert hellaswag.right_answers(np.full((2, 4), np.nan), items) == (0, 0)
-    assert np.allclose(hellaswag.interval(0.2955, 10042), (0.2866, 0.3045), atol=1e-4)
+
 
 def test_the_command(stub, capsys):
     """Prints examples, both scores of the questions asked for, and what they are compared with."""
     questions = made_questions(40)
     write_questions("q.jsonl", questions)
-    score("--data=q.jsonl", "--limit=30", "--examples=2")
+    score(["--data=q.jsonl", "--limit=30", "--examples=2"])
     out = capsys.readouterr().out
     items = [hellaswag.encode_question(q, encode_bytes, 96) for q in questions[:30]]
-    acc, acc_norm = hellaswag.accuracy(plain_log_probs(stub.model, items), items)
-    assert f"acc       {acc:.4f} (" in out and f"acc_norm  {acc_norm:.4f} (" in out
+    acc, acc_norm = hellaswag.right_answers(plain_log_probs(stub.model, items), items)
+    chance = 1.96 * (acc / 30 * (1 - acc / 30) / 30) ** 0.5
+    assert f"acc       {acc / 30:.4f} +- {chance:.4f}\nacc_norm  {acc_norm / 30:.4f} +- " in out
     assert questions[1]["ctx"] in out and questions[2]["ctx"] not in out
     assert out.count(" right ") == 2 and out.count(" chosen") == 2 and "0.2955" in out
-    score("--data=q.jsonl", "--harness", "--examples=1")
+    score(["--data=q.jsonl", "--harness", "--examples=1"])
     out = capsys.readouterr().out
     assert f"Doing: {questions[0]['ctx_a']} Then" in out and "0.3114" in out
 
-def test_no_score_without_numbers(stub):
-    """A model whose weights are nan picks ending 0 always, which would be right in a quarter."""
-    write_questions("q.jsonl", made_questions(8))
+
+GOOD = dict(ctx="a", endings=["b", "c", "d", "e"], label="1")
+BAD_LINES = [b"not json", b'["a"]', b"[" * 50000, b'{"ctx": "\xff"}', b'{"ctx": "a"}']
+BAD_LINES += [json.dumps({**GOOD, **change}).encode() for change in (
+    dict(endings=["b", "c", "d"]), dict(endings=["b", "c", "d", 5]), dict(label=4),
+    dict(label=1.7), dict(label=None))]
+
+
+def test_errors_of_hellaswag_get_one_line(stub, capsys):
+    """A bad question's line is named, and a model without numbers gets no score."""
+    # a byte-order mark at the beginning is no error
+    good = b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n"
+    Path("q.jsonl").write_bytes(good)
+    score(["--data=q.jsonl"])
+    score_fails(["--data=q.jsonl", "--harness"], capsys, "q.jsonl, line 1 ", "activity_label")
+    for line in BAD_LINES:
+        Path("q.jsonl").write_bytes(good + line + b"\n")
+        score_fails(["--data=q.jsonl"], capsys, "q.jsonl, line 2 ")
+    score_fails(["--data=nowhere.jsonl"], capsys, "nowhere.jsonl")
+    Path("q.jsonl").write_bytes(good)
+    # nan everywhere would choose ending 0, which is right in a quarter
     with torch.no_grad():
         stub.model.wte.weight.fill_(float("nan"))
-    assert "model.pt has no score" in score_fails("--data=q.jsonl")
+    score_fails(["--data=q.jsonl"], capsys, "model.pt has no score")
 
-GOOD = dict(ctx="a", endings=["b", "c", "d", "e"], label=1)
-BAD_TEXTS = [dict(ctx=" "), dict(ctx=["a"]), dict(ctx="\ud800"), dict(ctx=None)]
-BAD_ENDINGS = ["bcde", ["b", "c", "d"], ["b", "c", "d", 5], ["b", "c", "d", " "], ["\ud800"] * 4]
-BAD_LABELS = [4, -1, 1.7, float("inf"), None, True]
-BAD = BAD_TEXTS + [dict(endings=x) for x in BAD_ENDINGS] + [dict(label=x) for x in BAD_LABELS]
-BAD_LINES = [b"not json", b'["a"]', b'"ctx"', b"[" * 50000, b'{"ctx": "\xff"}']
-BAD_LINES += [json.dumps({**GOOD, **change}).encode() for change in BAD]
-
-@pytest.mark.parametrize("line", BAD_LINES)
-def test_a_bad_line_is_named(line, stub):
-    """One line with the line's number, and no advice to remove a file of the user's."""
-    Path("q.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n\n" + line + b"\n")
-    message = score_fails("--data=q.jsonl")
-    assert "q.jsonl, line 3 " in message and "remove" not in message
-
-def test_bad_calls(stub):
-    """Wrong flags and files end in one line; --harness does not do with ctx alone."""
-    assert "nowhere.jsonl" in score_fails("--data=nowhere.jsonl")
-    Path("q.jsonl").write_text("\n")
-    assert "has 0 questions" in score_fails("--data=q.jsonl")
-    write_questions("q.jsonl", [dict(GOOD, activity_label="Doing", ctx_b="")])
-    score("--data=q.jsonl")
-    assert "q.jsonl, line 1 " in score_fails("--data=q.jsonl", "--harness")
-    assert "--limit 0" in score_fails("--data=q.jsonl", "--limit=0")
-    assert "--no_such_flag" in score_fails("--no_such_flag")
 
 class QuestionServer(http.server.BaseHTTPRequestHandler):
     """Has server.body, and first gives the answers in server.faults: a status, or "cut"."""
 
     def do_GET(self):
-        self.server.requests += 1
-        fault = self.server.faults.pop(0) if self.server.faults else 200
+        fault = self.server.faults.pop(0)
         body = self.server.body
         self.send_response(200 if fault == "cut" else fault)
         self.send_header("Content-Length", str(len(body)))
@@ -2028,54 +1815,30 @@ class QuestionServer(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-def test_the_questions_are_downloaded_once(stub, monkeypatch):
-    """What fails leaves no file behind, what is there is not fetched again, and a downloaded file
-    that is not whole may be removed."""
+
+def test_the_questions_are_downloaded_once(stub, monkeypatch, capsys):
+    """What fails leaves no file behind, and what is there is not fetched again."""
     write_questions("source.jsonl", made_questions(20))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), QuestionServer)
-    server.requests, server.faults, server.body = 0, ["cut", 503], Path("source.jsonl").read_bytes()
+    server.faults, server.body = ["cut", 503, 200], Path("source.jsonl").read_bytes()
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr(hellaswag, "DATA_URL", f"http://127.0.0.1:{server.server_port}/q.jsonl")
     monkeypatch.setattr(hellaswag, "SIZE", 20)
-    for word in ("IncompleteRead", "503"):
-        assert word in score_fails()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda *paths: Path("no such file").stat())
-        assert "cannot be had" in score_fails()
+    for message in ("IncompleteRead", "503"):
+        score_fails([], capsys, message)
     assert not list(Path().glob("hellaswag/*"))
     score()
-    score()
-    assert server.requests == 4 and hellaswag.DATA.read_bytes() == server.body
+    assert os.listdir("hellaswag") == ["hellaswag_val.jsonl"]
+    assert hellaswag.DATA.read_bytes() == server.body
     server.shutdown()
     server.server_close()
+    score()
     write_questions(hellaswag.DATA, made_questions(19))
-    message = score_fails()
-    assert "19 questions" in message and "remove the file" in message
-    hellaswag.DATA.write_text("<html>sign in</html>")
-    assert "line 1 " in score_fails() and "remove the file" in score_fails()
+    score_fails([], capsys, "19 questions", "remove it")
     hellaswag.DATA.unlink()
-    assert "cannot be had" in score_fails()
-    hellaswag.DATA.parent.rmdir()
-    Path("hellaswag").write_text("a file where the folder should be")
-    assert "cannot be had" in score_fails()
+    score_fails([], capsys, "cannot be had")
 
-@pytest.mark.parametrize("event", ['os.kill(os.getpid(), signal.SIGINT)', 'print("text" * 99999)'],
-                         ids=["Ctrl-C", "a reader that leaves"])
-def test_an_end_without_a_traceback(event):
-    """Ctrl-C, and output to a program that has ended (| head), end the command quietly. In its own
-    folder it imports a train_gpt2.py in which this happens."""
-    write_questions("q.jsonl", made_questions(4))
-    shutil.copy(hellaswag.__file__, "hellaswag.py")
-    names = "load_model, load_tokenizer, pick_autocast, pick_device"
-    code = f"import os, signal\ndef stop(*args):\n    {event}\n{names} = 4 * [stop]\n"
-    Path("train_gpt2.py").write_text(code)
-    command = [sys.executable, "hellaswag.py", "-m", "model.pt", "--data=q.jsonl"]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    with subprocess.Popen(command, **pipes) as process:
-        process.stdout.close()
-        assert process.stderr.read() == b""
-    assert process.returncode < 0
 
 def test_hellaswag_during_training(small, monkeypatch, capsys):
     """A run writes the score to main.log, the one that hellaswag.py gives its last weights."""
@@ -2089,221 +1852,107 @@ def test_hellaswag_during_training(small, monkeypatch, capsys):
     assert list(log_of("log", "eval")) == [0, 6]
     assert abs(log_of("log", "eval")[6] - float(score)) < 1e-4
 
-# -------------------------------------------------------------------------------------------------
-# 10. The bridge to transformers
 
-# what can be exported: tiny (bytes, QK-norm), a shrunk d12 (with and without), and GPT-2
-EXPORTS = {
-    "tiny": {"vocab_size": 257},
-    "d12": {"vocab_size": 50257},
-    "d12-no-qk_norm": {"vocab_size": 50257, "qk_norm": False},
-    "gpt2": {"vocab_size": 50257, "n_kv_head": 4, **train_gpt2.GPT2},
-}
+# -------------------------------------------------------------------------------------------------
+# 10. To and from Hugging Face
 
 @pytest.fixture
 def transformers():
     return pytest.importorskip("transformers", reason="transformers is not installed")
 
+
 @pytest.fixture
-def gpt2_vocabulary():
-    try:
-        return train_gpt2.load_tokenizer("gpt2")
-    except (SystemExit, ImportError) as e:
-        pytest.skip(f"GPT-2's vocabulary is not here: {e}")
+def openai_tokenizer():
+    """A folder with OpenAI's tokenizer, where export() looks for it before it goes to the hub."""
+    folder = Path("openai-community/gpt2")
+    folder.mkdir(parents=True)
+    # tiktoken keeps the two files that OpenAI published under the hashes of their addresses
+    address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    for theirs, name in ("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt"):
+        cached = Path(os.environ.get("TIKTOKEN_CACHE_DIR", "nowhere"),
+                      hashlib.sha1(f"{address}{theirs}".encode()).hexdigest())
+        if not cached.exists():
+            pytest.skip("TIKTOKEN_CACHE_DIR has no vocabulary, and tests download nothing")
+        shutil.copy(cached, folder / name)
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
 
-def shake(model):
-    """Moves every weight from where it starts, so that no gain is 1 and no bias 0."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model.eval()
 
-def write_checkpoint(path, **changes):
-    """A small random model, stored as a run stores it."""
-    shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 64, "vocab_size": 257}
-    model = shake(train_gpt2.GPT(train_gpt2.GPTConfig(**shape | changes)))
-    tokenizer = {257: "bytes", 50257: "gpt2"}[model.config.vocab_size]
-    config = dataclasses.asdict(model.config)
-    state = {"config": config, "model": model.state_dict(), "tokenizer": tokenizer}
-    train_gpt2.save_checkpoint(path, state | {"step": 7, "val_loss": 4.5})
-    return model
-
-@pytest.fixture(params=EXPORTS)
-def exported(request, transformers, tmp_path):
-    """Our model; the same as transformers opens it; its tokenizer there; our name of the latter."""
-    if request.param != "tiny":
-        request.getfixturevalue("gpt2_vocabulary")
-    model = write_checkpoint(tmp_path / "best.pt", **EXPORTS[request.param])
-    assert train_gpt2.main(["--export", "best.pt", "out"]) == 0
-    theirs = transformers.AutoModelForCausalLM.from_pretrained("out").eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
-    return model, theirs, tokenizer, "bytes" if request.param == "tiny" else "gpt2"
-
-def hub_gpt2(transformers, folder):
-    """A small random model of transformers where from_openai() finds it in place of OpenAI's."""
-    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4)
-    theirs = shake(transformers.GPT2LMHeadModel(config))
-    theirs.save_pretrained(folder)
-    return theirs
-
-@torch.no_grad()
-def differ(ours, theirs):
-    """The largest difference between two models' logits, on random ids of the real vocabulary."""
-    V = ours.config.vocab_size
-    idx = torch.randint(0, V, (3, 48))
-    logits = ours(idx)[..., :V]
-    assert logits.std() > 0.5  # there is something to compare
-    return (logits - theirs(idx).logits).abs().max().item()
-
-def test_exported_models_are_the_same_elsewhere(exported):
-    """The same logits and the same greedy text, in classes that transformers has of its own."""
-    model, theirs, _, _ = exported
-    assert differ(model, theirs) < 1e-4
-    prompt = torch.randint(0, 256, (1, 5))
-    ours = list(train_gpt2.generate(model, prompt[0].tolist(), 30, temperature=0))
-    text = theirs.generate(prompt, max_new_tokens=len(ours), do_sample=False)
-    assert len(ours) > 3
-    assert text[0, 5:].tolist() == ours
-    # nothing is stored twice, the padding not at all, and no code comes along
-    padding = len(model.lm_head.weight) - model.config.vocab_size
-    assert theirs.num_parameters() == model.num_params()[0] - padding * model.config.n_embd
-    assert "auto_map" not in Path("out/config.json").read_text()
-
-def test_a_batch_with_padding_gives_what_each_prompt_gives_alone(exported):
-    """Fails without a pad token, or if the tokenizer hands the model more than ids and mask."""
-    _, theirs, tokenizer, _ = exported
+@pytest.mark.parametrize("kind, arch", [
+    ("Qwen3", {}), ("Llama", {"qk_norm": False}), ("GPT2", GPT2_ARCH)])
+def test_exported_models_are_the_same_elsewhere(kind, arch, transformers, openai_tokenizer, capsys):
+    """transformers opens the folder by itself: the same logits, text and ids, and nothing twice."""
+    model = tiny_model(shake=0.1, vocab_size=50257, block_size=64, **arch)
+    save_model("best.pt", model)
+    assert main(["--export", "best.pt", "my out"]) == 0
+    assert "pretrained=my out'" in capsys.readouterr().out
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("my out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained("my out")
+    assert type(theirs).__name__.startswith(kind)
+    x = random_ids(3, 48, below=50257)
+    assert (model(x)[..., :50257] - theirs(x).logits).abs().max() < 1e-4
+    # without the rows that pad our table
+    count = sum(p.numel() for p in model.parameters())
+    assert theirs.num_parameters() == count - 32 * (len(model.lm_head.weight) - 50257)
+    # the tokenizer has our ids, and the model knows where a text ends
+    encode, _ = train_gpt2.load_tokenizer("gpt2")
+    text = "it's naïve:\n\n    def f(x): return 1234567 \U0001f642\u200d \x00 ...!?"
+    assert tokenizer(f"<|endoftext|>{text}")["input_ids"] == [50256, *encode(text)]
+    config = json.loads(Path("my out/config.json").read_text())
+    assert config["eos_token_id"] == config["pad_token_id"] == tokenizer.pad_token_id == 50256
+    assert tokenizer.model_max_length == 64 and config["dtype"] == "float32"
+    # what llama.cpp and mlx-lm look for, and what finetuning would otherwise do
+    if kind == "GPT2":
+        assert config["n_ctx"] == 64 and config["resid_pdrop"] == config["attn_pdrop"] == 0
+    else:
+        assert config["rope_theta"] == 10000
+    # of a batch with padding every prompt gets what it gets alone
     prompts = ["<|endoftext|>def f(x):", "Hello"]
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     assert set(batch) == {"input_ids", "attention_mask"}
-    together = theirs.generate(**batch, max_new_tokens=10, do_sample=False)
-    for i, prompt in enumerate(prompts):
-        alone = tokenizer(prompt, return_tensors="pt")
-        text = theirs.generate(**alone, max_new_tokens=10, do_sample=False)[0]
-        new = text[alone["input_ids"].size(1) :].tolist()
-        # where this text ended and the other goes on there is padding
-        assert together[i, batch["input_ids"].size(1) :].tolist()[: len(new)] == new
+    together = theirs.generate(**batch, max_new_tokens=5, do_sample=False)[:, -5:].tolist()
+    for prompt, end in zip(prompts, together, strict=True):
+        ids = tokenizer(prompt)["input_ids"]
+        ours = list(train_gpt2.generate(model, ids, 5, temperature=0))
+        assert ours and end[:len(ours)] == ours
 
-def test_exported_tokenizers_agree_with_ours(exported):
-    """Ids to the letter, and the same text back, for 200 strings of all that is hard."""
-    model, _, tokenizer, name = exported
-    encode, _ = train_gpt2.load_tokenizer(name)
-    end_of_text = fineweb.VOCAB_SIZE[name] - 1
-    parts = ["hello", " world", "   ", "\n\n", "\t", "naïve", "\u4e2d\u6587", "\U0001f642\u200d"]
-    parts += ["it's", "'LL", "1234567", "\u00a0", "...!?", "def f(x):\n        return", " \u3000 "]
-    parts += ["\r\n", "a" * 50, "\x00\x7f", "\ufb01", "\u0639\u0631", "<|endoftext|>", "-" * 99]
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        text = "".join(rng.choice(parts, rng.integers(1, 8)))
-        ids = []
-        for i, piece in enumerate(text.split("<|endoftext|>")):
-            ids += [end_of_text] * (i > 0) + encode(piece)
-        assert tokenizer(text)["input_ids"] == ids, text
-        assert tokenizer.decode(ids) == text
-    assert tokenizer.eos_token_id == tokenizer.pad_token_id == end_of_text == len(tokenizer) - 1
-    assert tokenizer.model_max_length == model.config.block_size
 
-def test_what_stands_in_an_exported_folder(exported):
-    """What other programs than transformers read there."""
-    model, _, _, name = exported
-    config = json.loads(Path("out/config.json").read_text())
-    end_of_text = model.config.vocab_size - 1
-    assert config["pad_token_id"] == config["eos_token_id"] == end_of_text
-    assert config["dtype"] == "float32"
-    generation = json.loads(Path("out/generation_config.json").read_text())
-    assert generation["pad_token_id"] == generation["eos_token_id"] == end_of_text
-    # transformers 4 has no TokenizersBackend, which transformers 5 would write here
-    tokenizer = json.loads(Path("out/tokenizer_config.json").read_text())
-    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
-    weights = pytest.importorskip("safetensors.torch").load_file("out/model.safetensors")
-    if config["model_type"] == "gpt2":
-        # llama.cpp and mlx-lm
-        assert config["n_ctx"] == config["n_positions"] == model.config.block_size
-        assert config["resid_pdrop"] == config["embd_pdrop"] == config["attn_pdrop"] == 0
-        assert "wte.weight" in weights and "h.0.attn.c_attn.bias" in weights
-    else:
-        assert config["rope_theta"] == 10000
-        assert "model.layers.0.self_attn.q_proj.weight" in weights
-    readable = {oct(path.stat().st_mode) for path in Path("out").iterdir()}
-    assert len(readable) == 1, "some files are private"
-    card = Path("out/README.md").read_text()
-    assert card.startswith("---\nlicense: mit\nlibrary_name: transformers\n")
-    assert "7 steps" in card and "4.5000" in card and "Begin a prompt with `<|endoftext|>`" in card
-    assert ("HuggingFaceFW/fineweb" in card) == (name == "gpt2")
-
-def test_a_folder_appears_only_when_it_is_whole(transformers, gpt2_vocabulary):
-    """A full disk is one line, and leaves nothing; a folder that is there is left alone."""
-    write_checkpoint(Path("best.pt"), **EXPORTS["d12"])
-    before = set(Path().iterdir())
-    # no file may become longer than this, as if the disk were full then: config.json always fits,
-    # the vocabulary of 6.2 MB only the second time, and the weights of 6.4 MB never
-    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for limit in (10_000, 6_350_000):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-        try:
-            with pytest.raises(SystemExit, match="error: out is not written"):
-                train_gpt2.main(["--export", "best.pt", "out"])
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert set(Path().iterdir()) == before
-    Path("out").mkdir()
-    Path("out/mine").write_text("mine")
-    with pytest.raises(SystemExit, match="out is there already"):
-        train_gpt2.main(["--export", "best.pt", "out"])
-    assert os.listdir("out") == ["mine"]
-
-def test_what_cannot_be_exported(transformers, monkeypatch):
-    """Switches that no architecture has together; no checkpoint; no transformers."""
-    for mixed in ({"norm": "layernorm"}, {**train_gpt2.GPT2, "qk_norm": True}, train_gpt2.GPT2):
-        write_checkpoint(Path("best.pt"), **mixed)
-        with pytest.raises(SystemExit, match="error: only the variant and --arch gpt2"):
-            train_gpt2.main(["--export", "best.pt", "out"])
-    with pytest.raises(SystemExit, match="error: nowhere.pt"):
-        train_gpt2.main(["--export", "nowhere.pt", "out"])
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    for command in (["--export", "best.pt", "out"], ["--sample", "gpt2"]):
-        with pytest.raises(SystemExit, match="error.*pip install transformers"):
-            train_gpt2.main(command)
-    assert not Path("out").exists()
-
-def test_openai_weights(transformers):
-    """OpenAI's layout (merged, transposed, 50,257 rows) comes in with the same logits."""
-    theirs = hub_gpt2(transformers, "openai-community/gpt2")
-    ours, tokenizer = train_gpt2.load_model("gpt2", torch.device("cpu"))
-    assert tokenizer == "gpt2"
-    assert differ(ours, theirs) < 1e-4
+@torch.no_grad()
+def test_openai_weights(transformers, openai_tokenizer):
+    """OpenAI's layout (merged, transposed, 50,257 rows) comes in with the same logits, and back."""
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    torch.manual_seed(0)
+    for p in theirs.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    theirs.save_pretrained("openai-community/gpt2")
+    ours, tokenizer = train_gpt2.load_model("gpt2", "cpu")
+    x = random_ids(3, 48, below=50257)
+    logits = ours(x)[..., :50257]
+    assert logits.std() > 0.5 and (logits - theirs(x).logits).abs().max() < 1e-4
     # a shorter memory is the first positions of the long one, and there is no longer one
-    assert differ(train_gpt2.from_openai("gpt2", 48), theirs) < 1e-4
+    short = train_gpt2.from_openai("gpt2", 48)
+    assert torch.equal(short(x)[..., :50257], logits) and tokenizer == "gpt2"
     with pytest.raises(SystemExit, match="error: gpt2 .*1024.*--sequence_length"):
         train_gpt2.from_openai("gpt2", 1025)
+    # out again
+    for (name, w), p in zip(theirs.state_dict().items(),
+                            train_gpt2.to_transformers(ours.config, ours.state_dict())
+                            .state_dict().values(), strict=True):
+        assert torch.equal(w, p), name
 
-def test_export_and_import_are_inverse(transformers, gpt2_vocabulary):
-    """Out by export() and in by from_openai(): the very same weights."""
-    model = write_checkpoint(Path("best.pt"), **EXPORTS["gpt2"])
-    train_gpt2.main(["--export", "best.pt", "openai-community/gpt2"])
-    again = train_gpt2.from_openai("gpt2", 64)
-    idx = torch.randint(0, 50257, (2, 64))
-    assert again.config == model.config
-    assert torch.equal(again(idx), model(idx))
 
-@pytest.mark.parametrize("damage", ["no network", "half a file", "no json"])
-def test_openai_weights_that_do_not_arrive(damage, transformers, monkeypatch):
-    """One line, whatever it is."""
-    if damage == "no network":
-        # a process of its own, since these are read when the package is imported
-        empty = os.path.abspath("empty")
-        done = run("--sample", "gpt2", code=1, HF_HUB_OFFLINE="1", HF_HOME=empty)
-        assert "Traceback" not in done.stderr
-        message = done.stderr.splitlines()[-1]
-    else:
-        hub_gpt2(transformers, "openai-community/gpt2")
-        name = {"half a file": "model.safetensors", "no json": "config.json"}[damage]
-        path = Path("openai-community/gpt2") / name
-        path.write_bytes(path.read_bytes()[:-100])
-        with pytest.raises(SystemExit) as e:
-            train_gpt2.main(["--sample", "gpt2"])
-        message = str(e.value)
-    assert message.startswith("error: cannot load openai-community/gpt2") and "\n" not in message
+@pytest.mark.parametrize("tokenizer, changes, words", [
+    ("bytes", {}, "knows only bytes"),
+    ("gpt2", {"norm": "layernorm"}, "only the variant and --arch gpt2"),
+    ("gpt2", {**GPT2_ARCH, "n_kv_head": 2}, "only the variant and --arch gpt2"),
+])
+def test_what_cannot_be_exported(tokenizer, changes, words, transformers, capsys):
+    save_model("best.pt", tiny_model(**changes), tokenizer)
+    fails(["--export", "best.pt", "out"], capsys, words)
+    Path("out").mkdir()
+    fails(["--export", "best.pt", "out"], capsys, "out exists")
+    assert os.listdir("out") == []
+
 
 # -------------------------------------------------------------------------------------------------
 # 11. The report, and what the documents say
@@ -2318,37 +1967,26 @@ import plot  # noqa: E402
 README = ROOT / "README.md"
 REPORT = ROOT / "report" / "README.md"
 LOGS = ROOT / "report" / "logs"
+GROUPS = sorted(path.name for path in LOGS.iterdir() if path.is_dir())
+
 
 def test_links_lead_somewhere():
     """To a file, a heading, an address further down; `Names` in brackets are train_gpt2.py's."""
     for document in README, REPORT:
         text = document.read_text("utf-8")
-        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
-            path, _, anchor = link.partition("#")
-            assert (document.parent / path).exists(), link
-            headings = re.findall(r"^#+ (.*)$", text.lower(), re.M)
-            anchors = [re.sub(r"[^\w -]", "", line).replace(" ", "-") for line in headings]
-            assert not anchor or anchor in anchors, link
+        headings = re.findall(r"^#+ (.*)$", text.lower(), re.M)
+        anchors = [re.sub(r"[^\w -]", "", line).replace(" ", "-") for line in headings]
+        for path, anchor in re.findall(r"\]\((?!https?:)([^)\s#]*)#?([^)\s]*)\)", text):
+            assert (document.parent / path).exists() and anchor in (*anchors, ""), (path, anchor)
         addresses = set(re.findall(r"^\[(\w+)\]: http", text, re.M))
         assert set(re.findall(r"\]\[(\w+)\]", text)) == addresses
+        for name in re.findall(r"\(`(\w+)`(?:, `(\w+)`)?\)", text):
+            assert all(hasattr(train_gpt2, part) for part in name if part), name
     assert set(re.findall(r"!\[.*\]\((\S+)\)", text)) == set(plot.FIGURES)
-    names = re.findall(r"\w+", " ".join(re.findall(r"\(((?:`\w+`(?:, )?)+)\)", text)))
-    assert names and [name for name in names if not hasattr(train_gpt2, name)] == []
 
-def commands():
-    """(script, arguments) of the commands in both READMEs and in the scripts' own headings."""
-    for path in [README, REPORT, *ROOT.glob("*.py"), *(ROOT / "report").glob("*.py")]:
-        text = path.read_text("utf-8")
-        if path.suffix == ".py":
-            text = text.split('"""')[1]
-        text = re.sub(r"\\\n *", "", text)  # a command that goes on in the next line
-        command = r"(?:python|torchrun)\b[^`\n|]*? ([\w./]+\.py)\b([^`\n|&)]*)"
-        for script, rest in re.findall(command, text):
-            # what stands behind two spaces or # explains it
-            yield script, shlex.split(re.split(r"  +|#", rest)[0])
 
 def test_commands_are_understood(monkeypatch):
-    """The script is there, and its parser takes the arguments. (Nothing runs after parsing.)"""
+    """In the documents and the scripts' own headings: the script exists and knows the arguments."""
     class Parsed(BaseException):
         pass
 
@@ -2360,37 +1998,50 @@ def test_commands_are_understood(monkeypatch):
     scripts = {"train_gpt2.py": train_gpt2, "fineweb.py": fineweb, "hellaswag.py": hellaswag}
     scripts |= {f"report/{m.__name__}.py": m for m in (ablation, bench, one_step, plot)}
     seen = set()
-    for script, argv in commands():
-        if script.startswith("llama.cpp/"):
-            continue
-        with pytest.raises((Parsed, SystemExit)) as e:
-            scripts[script].main(argv)
-        assert e.type is Parsed or argv == ["--help"], (script, argv, e.value.code)
-        seen.add(script)
-        for contender in e.value.args[0].contender if script == "report/bench.py" else []:
-            flags = re.sub(r"--peer \S+", "", contender)
-            parse(train_gpt2.make_parser(), ["--model", *shlex.split(flags)])
+    for path in [README, REPORT, *ROOT.glob("*.py"), *(ROOT / "report").glob("*.py")]:
+        text = path.read_text("utf-8")
+        if path.suffix == ".py":
+            text = text.split('"""')[1]
+        text = re.sub(r"\\\n *", "", text)  # a command that goes on in the next line
+        command = r"(?:python|torchrun)\b[^`\n|]*? ([\w./]+\.py)\b([^`\n|&)]*)"
+        for script, rest in re.findall(command, text):
+            if script.startswith("llama.cpp/"):
+                continue
+            # what stands behind two spaces or # explains it
+            argv = shlex.split(re.split(r"  +|#", rest)[0])
+            with pytest.raises((Parsed, SystemExit)) as e:
+                scripts[script].main(argv)
+            assert e.type is Parsed or argv == ["--help"], (script, argv, e.value.code)
+            seen.add(script)
+            for contender in e.value.args[0].contender if script == "report/bench.py" else []:
+                flags = re.sub(r"--peer \S+", "", contender)
+                parse(train_gpt2.make_parser(), ["--model", *shlex.split(flags)])
     assert seen == set(scripts), "a script that no document shows"
+
 
 def test_tables_agree_with_logs():
     """Ablations in the report are what the logs say, and each log says what made it."""
-    groups = sorted(path.name for path in LOGS.iterdir() if path.is_dir())
-    assert set(groups) <= set(ablation.GROUPS) and "tiny" in groups
-    for group in groups:
+    for group in GROUPS:
         table = ablation.table(LOGS, group)
         assert table.count("\n") > 2 and table in REPORT.read_text("utf-8"), group
     for log in LOGS.glob("*/*/main.log"):
         command, machine, first, *_ = log.read_text("utf-8").splitlines()
-        assert command.startswith("# python ") and first.startswith("s:0 tel:"), log
+        assert command.startswith("# python ") and first.startswith(("s:0 tel:", "s:0 flags:"))
         made = r"# \d{4}-\d\d-\d\d, .*, torch [^ ,]+(, [\d.]+ MFLOP a token)?"
         assert re.fullmatch(made, machine), log
         of_tiny = log.parts[-3].startswith(("tiny", "ideas", "width"))
         assert plot.Run(log.parent).tokens == (2048 if of_tiny else 8192), log
 
-def known_figures():
-    """What may stand in bold: the cells of all tables, milliseconds and rates of the benchmarks."""
+
+def test_figures_agree_with_logs():
+    """Every figure in bold is in the logs, and the README shows what the default run printed."""
+    def unknown(text):
+        bold = re.findall(r"\*\*([^*\n]*\d[^*\n]*)\*\*", text)
+        assert len(bold) > 4
+        return [figure for figure in bold if figure not in known]
+
     known = set()
-    for group in (path.name for path in LOGS.iterdir() if path.is_dir()):
+    for group in GROUPS:
         for cell in re.split(r" ?[|\n] ?", ablation.table(LOGS, group)):
             known.add(cell.split(",")[0].replace("%", " %"))
         # single runs, and how far those of the default lie apart
@@ -2405,52 +2056,35 @@ def known_figures():
                 known |= {ms, f"{float(ms):,.0f} ms", rate}
                 # how much faster than another of the same table
                 known |= {f"{float(other) / float(ms):.2f}" for other, _ in rows}
-    return known
-
-def bold_figures(text):
-    return [bold for bold in re.findall(r"\*\*([^*\n]+)\*\*", text) if re.search(r"\d", bold)]
-
-def test_figures_agree_with_logs():
-    """Every figure in bold is in the logs, and the README shows what the default run printed."""
-    known = known_figures()
-    bold = bold_figures(REPORT.read_text("utf-8"))
-    assert len(bold) > 30 and [figure for figure in bold if figure not in known] == []
+    assert unknown(REPORT.read_text("utf-8")) == []
     readme = README.read_text("utf-8")
     printed = (LOGS / "default_run.txt").read_text("utf-8")
     shown = re.findall(r"^    ((?:model|device|step|done|def) .*)$", readme, re.M)
     assert len(shown) > 5
     assert [line for line in shown if line.removesuffix(" ...") not in printed] == []
     # and the figures that decide, in the list under the heading
-    measured = readme.split("## What was measured")[1]
-    bold = bold_figures(measured)
     known |= set(re.findall(r"done in (\d+ s)", printed))
     known |= {f"{float(loss):.3f}" for loss in re.findall(r"val loss (\S+)", printed)}
-    assert len(bold) > 4 and [figure for figure in bold if figure not in known] == []
+    assert unknown(readme.split("## What was measured")[1]) == []
+
 
 def test_ablation_makes_and_keeps_a_run(monkeypatch, small, capsys):
     """It trains, also under a patch, keeps the log, and does not train again what is there."""
     *flags, input_bin = small
-    runs = ["today", "rope_by_head"]
-    group = ablation.Group(2, (1, 2), runs, " ".join(flags), warmup="warmup_8")
+    group = ablation.Group(2, (1, 2), ["today", "rope_by_head"], " ".join(flags))
     monkeypatch.setitem(ablation.GROUPS, "tiny", group)
-    command = "tiny --seeds 1 --jobs 1 --logs logs --data".split()
-    command.append(input_bin.removeprefix("--input_bin="))
+    command = ["tiny", *"--seeds 1 --jobs 1 --logs logs --data".split(), input_bin.split("=")[1]]
     ablation.main(command)
     logs = {path.parent.name: path.read_text("utf-8") for path in Path("logs").rglob("main.log")}
-    heading = "# python report/ablation.py --patched only_losses,warmup_8"
+    heading = "# python report/ablation.py --patched only_losses"
     assert logs["today.1"].startswith(f"{heading} --model=d12")
     assert logs["rope_by_head.1"].startswith(f"{heading},rope_by_head --model=d12")
     losses = [re.findall(r"s:\d tel:(\S+)", text) for text in logs.values()]
     assert len(losses) == len(losses[0]) == 2 and losses[0] != losses[1]
-    assert all(re.search(r"^# .*, torch \S+, [\d.]+ MFLOP a token$", text, re.M)
-               for text in logs.values())
-    out = capsys.readouterr().out
-    assert "| RoPE turned by head instead of by time | 2 |" in out and "GPT-2's end" not in out
+    assert "| RoPE turned by head instead of by time | 2 |" in capsys.readouterr().out
     # a log of another length is not taken for this run's
-    steps = ablation.GROUPS["tiny"].steps
     fails([*command, "--steps=20"], capsys, "2 steps, not 20", "--logs", main=ablation.main)
-    assert "--num_iterations=7" in ablation.arguments("tiny", "today_35", 1, None)
-    ablation.GROUPS["tiny"].steps = steps
+    group.steps = 2
     # other curves in their place: the table is of these, and no run is made again
     for name, curve in ("today", (10, 6, 4)), ("gpt2", (10, 9, 8)), ("adamw", (10, 9, 8.5)):
         Path(f"logs/tiny/{name}.1").mkdir(exist_ok=True)
@@ -2462,108 +2096,28 @@ def test_ablation_makes_and_keeps_a_run(monkeypatch, small, capsys):
     noise = "one seed, not told apart from noise"
     assert f"| AdamW instead of Muon | 2 | 8.500 | +4.500, {noise} | - | 1 |" in out
     assert f"(AdamW) | 2 | 8.000 | +4.000, {noise} | 100% | 1 |" in out
-
-def test_an_effect_has_to_stand_out():
-    """Three seeds or more, and two standard errors or more: else a table calls it noise."""
+    # three seeds or more, and two standard errors or more
     assert ablation.difference_in_words([0.1, 0.11, 0.12]) == "+0.110 ± 0.006"
-    for differences in [0.1], [0.1, 0.1], [-0.1, 0.11, 0.12]:
+    for differences in [0.1, 0.1], [-0.1, 0.11, 0.12]:
         assert ablation.difference_in_words(differences).endswith(", not told apart from noise")
 
-def test_a_trial_knows_its_groups_heads():
-    """One key/value head for each query head, whatever the size."""
-    for group, n_head in ("tiny", "4"), ("width_512", "16"), ("d12", "12"):
-        argv = ablation.arguments(group, "all_heads", 1, None)
-        assert argv[argv.index("--n_kv_head") + 1] == n_head
 
-def test_patches_do_what_they_say(monkeypatch):
-    for owner, name in (GPT, "__init__"), (GPT, "features"), (train_gpt2, "apply_rope"):
-        monkeypatch.setattr(owner, name, getattr(owner, name))
-    monkeypatch.setattr(train_gpt2, "parse_args", train_gpt2.parse_args)
-    monkeypatch.setattr(train_gpt2, "rope_tables", train_gpt2.rope_tables)
-    wanted = {name for trial in ablation.TRIALS.values() for name in trial.patch.split(",")}
-    assert wanted - {""} <= set(ablation.PATCHES)
-    turns = [train_gpt2.rope_tables(2, 4)[0][1, 1]]
-    ablation.PATCHES["rope_1024"]()
-    turns.append(train_gpt2.rope_tables(2, 4)[0][1, 1])
-    assert [math.acos(turn) for turn in turns] == pytest.approx([1 / 100, 1 / 32], rel=1e-3)
-    for name in "cosine", "bias", "warmup_8":
-        ablation.PATCHES[name]()
-    args, _ = train_gpt2.parse_args(["--model=d12"])
-    assert (args.schedule, args.bias, args.warmup_iters) == ("cosine", True, 8)
-    ablation.zero_projections()
-    x = torch.randn(1, 3, 32)
-    assert torch.equal(tiny_model().transformer.h[0](x, train_gpt2.rope_tables(3, 8)), x)
-    ablation.untied_head()
-    assert not tiny_model().lm_head.weight.any() and tiny_model().transformer.wte.weight.any()
-    for dtype in torch.bfloat16, torch.float32:
-        with torch.autocast("cpu", torch.bfloat16):
-            assert tiny_model().features(random_ids(2, 5)).dtype == dtype
-        ablation.fp32_residual()
-    ablation.rope_by_head()
-    q = torch.randn(1, 1, 4, 8).expand(1, 5, 4, 8)  # the same four queries at five times
-    rotated = train_gpt2.apply_rope(q, *train_gpt2.rope_tables(5, 8))
-    assert torch.equal(rotated[:, 0], rotated[:, 4])
-    assert not torch.equal(rotated[:, :, 1], q[:, :, 1])
+@pytest.mark.parametrize("group, heads", [("tiny", (4, 2)), ("width_512", (16, 8)),
+                                          ("small", (4, 2)), ("d12", (12, 6))])
+def test_trials_have_the_heads_of_their_group(group, heads):
+    """Half as many keys and values as queries, but for those trials that have as many."""
+    for name in "today", "all_heads", "gpt2":
+        argv = ablation.arguments(group, name, 1, None)
+        args, _ = train_gpt2.parse_args(argv[2:])
+        assert (args.n_head, args.n_kv_head) == (heads if name == "today" else 2 * heads[:1])
+        assert set(ablation.TRIALS[name].patch.split(",")) - {""} <= set(ablation.PATCHES)
 
-def test_patched_optimizers_do_what_they_say(monkeypatch):
-    """One group's rate, Muon's momentum, and decay only where a step goes towards 0 anyway."""
-    args = types.SimpleNamespace(optimizer="muon", learning_rate=0.1, weight_decay=0.5)
-    make = train_gpt2.make_optimizers
-    model = tiny_model()
-    table = model.transformer.wte.weight
-    matrix = model.transformer.h[0].attn.c_q.weight
-
-    def step(*patches, sign=1.0):
-        """Every weight is 1 and every gradient `sign`, and then one step is made."""
-        monkeypatch.setattr(train_gpt2, "make_optimizers", make)
-        for patch in patches:
-            ablation.PATCHES[patch]()
-        optimizers = train_gpt2.make_optimizers(model, args, "float32")
-        for p in model.parameters():
-            p.data.fill_(1)
-            p.grad = torch.full_like(p, sign)
-        for optimizer in optimizers:
-            optimizer.step()
-        groups = ablation.optimizer_groups(optimizers)
-        return {name: group for name, (_, group) in groups.items()}
-
-    for name in "table_half", "table_twice", "gains_4", "matrices_half", "matrices_twice":
-        group, factor = name.split("_")
-        rates = {key: value["lr"] / 0.1 for key, value in step(name).items()}
-        wanted = {"half": 0.5, "twice": 2, "4": 4}[factor]
-        assert rates == pytest.approx({"table": 1, "gains": 1, "matrices": 1} | {group: wanted})
-    assert [step(*name)["matrices"]["momentum"] for name in ([], ["warm_momentum"])] == [0.95, 0.85]
-    assert [step(*name)["table"]["betas"][0] for name in ([], ["beta_08"])] == [0.9, 0.8]
-    for sign, decayed in (1.0, True), (-1.0, False):
-        step(sign=sign)
-        plain = [p.detach().clone() for p in (table, matrix)]
-        step("cautious_decay", sign=sign)
-        given_back = [after - before for before, after in zip(plain, (table, matrix), strict=True)]
-        wanted = 0.0 if decayed else 0.1 * 0.5  # rate times decay times a weight of 1
-        for change in given_back:
-            torch.testing.assert_close(change, torch.full_like(change, wanted))
-
-def test_averaged_weights_are_only_looked_at(small, monkeypatch):
-    """Validation sees the average; training goes on as if nothing were."""
-    logs = []
-    for folder in "plain", "averaged":
-        with monkeypatch.context() as undo:
-            if folder == "averaged":
-                for owner, name in (train_gpt2, "train"), (train_gpt2.Run, "validate"):
-                    undo.setattr(owner, name, getattr(owner, name))
-                ablation.PATCHES["average"]()
-            main([*small, "--val_loss_every=4", f"--output_dir={folder}"])
-        logs.append(Path(folder, "main.log").read_text("utf-8"))
-    without_ms = [re.findall(r"trl:(\S+) lr:(\S+) norm:(\S+)", log) for log in logs]
-    assert without_ms[0] == without_ms[1] and len(without_ms[0]) > 4
-    plain, averaged = (re.findall(r"s:(\d+) tel:(\S+)", log) for log in logs)
-    assert plain[0] == averaged[0] and plain[-1] != averaged[-1]
 
 def test_one_step_is_the_runs_first(small, capsys):
     """What one_step.py shows is what a run does: the loss, the rate and the gradient's norm."""
+    small.append("--warmup_iters=4")
     main([*small, "--val_loss_every=0"])
-    first = Path("log/main.log").read_text("utf-8").splitlines()[0]
-    wanted = [float(x) for x in re.findall(r":(\d+\.\S+)", first)[:3]]
+    wanted = [log_of("log", kind)[0] for kind in ("trl", r"trl:\S+ lr", r"trl:\S+ lr:\S+ norm")]
     capsys.readouterr()
     for dtype, tolerance in ("float32", 1e-3), ("bfloat16", 0.03):
         one_step.main([*small, f"--dtype={dtype}"])
@@ -2574,6 +2128,7 @@ def test_one_step_is_the_runs_first(small, capsys):
         head_loss, by_hand = re.search(r"HeadLoss (\S+), .* above (\S+)", out).groups()
         assert float(by_hand) == pytest.approx(float(head_loss), rel=tolerance / 100)
     fails([*small, "--pos=learned"], capsys, "architecture", main=one_step.main)
+
 
 PEER = """
 import torch
@@ -2591,6 +2146,7 @@ class GPT(torch.nn.Module):
         return None, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 """
 
+
 def test_bench_measures_ours_and_a_peer(capsys):
     """One row each, of the same step; how fast they are is for people, not for tests."""
     Path("peer.py").write_text(PEER)
@@ -2601,75 +2157,48 @@ def test_bench_measures_ours_and_a_peer(capsys):
     rows = [line.split("|")[1:] for line in out.splitlines() if line.startswith("| tiny")]
     assert [row[0].split(" (")[0].strip() for row in rows] == [ours, theirs]
     assert all(" (2 x 128 x 2, " in row[0] and float(row[1]) > 0 for row in rows)
-    assert float(rows[0][3]) == 1
     # four steps (the first, one to warm up, two that count) of two micro-batches, of bytes as ours
     assert sys.modules["peer"].GPT.calls == [((2, 128), (257, 32), False)] * 8
     for spec, *words in (
         ("tiny --arch gpt2 --peer nowhere.py", "--peer nowhere.py", "clone"),
         ("tiny --peer peer.py", "add --arch gpt2"),
         ("tiny --batch_size 3", "16 sequences", "no multiple of 3"),
-        ("tiny --batch_size 32", "16 sequences", "no multiple of 32"),
     ):
         fails([spec], capsys, *words, main=bench.main)
 
-def test_plot_cuts_off_only_the_beginning():
-    """All losses after the first twentieth of a run are inside the picture, infinite ones aside."""
-    Path("run").mkdir()
-    lines = ["s:0 tel:11", "s:99 tel:3"]
-    lines += ["s:2 trl:10", "s:5 trl:7.5", "s:50 trl:inf", "s:98 trl:2.5"]
-    Path("run/main.log").write_text("\n".join(lines))
-    limits = []
-    nothing = types.SimpleNamespace()
-    ax = types.SimpleNamespace(set_ylim=lambda *values: limits.append(values))
-    ax.plot = ax.set_xlabel = ax.set_ylabel = lambda *args, **kwargs: nothing
-    plot.losses(ax, [plot.Run("run")], "tokens")
-    (lowest, highest), = limits
-    assert 2 < lowest < 2.5 and 7.5 < highest < 8
 
-def test_plot_counts_operations():
-    """Of a run by ablation.py from its heading, of a user's from its last.pt, else not at all."""
-    Path("theirs").mkdir()
-    Path("theirs/main.log").write_text("s:0 tel:11\n")
-    assert plot.Run("theirs").flops is None
-    config = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=257)
-    state = {"config": dataclasses.asdict(config), "args": {"total_batch_size": 64}}
-    torch.save(state, "theirs/last.pt")
-    run = plot.Run("theirs")
-    assert run.tokens == 64 and run.flops == GPT(config).flops_per_token(16)
-    heading = "# python ablation.py --seed=1\n# 2026-01-01, torch 2, 1,234.5 MFLOP a token"
-    Path("theirs/main.log").write_text(f"{heading}\ns:0 tel:11\n")
-    assert plot.Run("theirs").flops == 1234.5e6
-
-def test_plot_draws_our_logs_and_llmcs(capsys, monkeypatch):
-    """One picture with the tokens, losses and scores of a run of ours and of one of llm.c's."""
-    ours = LOGS / "tiny" / "today.1"
-    with monkeypatch.context() as without:
-        without.setitem(sys.modules, "matplotlib", None)
-        fails([str(ours)], capsys, "pip install matplotlib", main=plot.main)
+def test_plot_draws_our_logs_and_llmcs(small, capsys, monkeypatch):
+    """One picture with the losses of a run of ours and of one of llm.c's, and nothing random."""
+    main([*small, "--prompt=a:b"])  # in the log's first line, where it is no number
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    fails(["log"], capsys, "pip install matplotlib", main=plot.main)
+    monkeypatch.undo()
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    monkeypatch.chdir(Path(small[-1].split("=")[1]).parent)
     Path("llmc").mkdir()
     # it was resumed: some steps stand there twice, and the last line of a step counts
     Path("llmc/main.log").write_text("s:0 tel:11\ns:0 eval:0.25\ns:250 tel:6.2\ns:500 tel:5\n"
                                      "s:125 tel:8\ns:250 tel:6.1\ns:1 trl:10.9 lr:0.1 norm:9\n")
-    run, theirs = plot.Run(ours), plot.Run("llmc")
+    theirs = plot.Run("llmc")
     assert theirs.tokens == 524288 and theirs.series["tel"] == ([0, 125, 250, 500], [11, 8, 6.1, 5])
+    # of a user's run the tokens and operations are those of its last.pt
+    ours = plot.Run("log")
+    assert ours.tokens == 512 and set(ours.series) == {"tel", "trl", "lr", "norm", "ms"}
+    counted = train_gpt2.flops_per_token(tiny_model(vocab_size=257))
+    assert ours.flops == counted and theirs.flops is None
+    # and of a run by ablation.py those of its heading
+    run = plot.Run(LOGS / "tiny" / "today.1")
+    assert run.tokens == 2048
     # the first line is of step 0; the next is of ten steps, and its ms those of one of them
     _, ms = run.series["ms"]
     assert run.seconds([0, 1, 2]) == pytest.approx([0, ms[0] / 1000, (ms[0] + ms[1]) / 1000])
     for out in "both.svg", "again.svg":
-        plot.main([str(ours), "llmc", "--out", out])
-    # one run and two do not write the same file
-    shutil.copytree("llmc", "other/llmc")
+        plot.main(["log", "llmc", "--out", out])
     plot.main(["llmc/"])
-    plot.main(["llmc", "other/llmc"])
-    assert {path.name for path in Path().glob("*.svg")} == {
-        "both.svg", "again.svg", "llmc.svg", "llmc_other_llmc.svg"
-    }
     svg = Path("both.svg").read_text("utf-8")
-    for text in ("today.1", "llmc", "million tokens", "seconds of training", "learning rate",
-                 "gradient norm", "HellaSwag", "GPT-3 124M"):
+    for text in "log", "llmc", "million tokens", "seconds of training", "HellaSwag", "GPT-3 124M":
         assert text in svg, text
-    assert Path("again.svg").read_text("utf-8") == svg  # no date and no random names in it
+    assert Path("again.svg").read_text("utf-8") == svg and Path("llmc.svg").exists()
     fails(["nowhere"], capsys, "nowhere/main.log", "--output_dir", main=plot.main)
     Path("llmc/main.log").write_text("\n")
     fails(["llmc"], capsys, "nothing to draw", main=plot.main)

@@ -21,11 +21,10 @@ Letters and words in comments:
     D   the width of one attention head, C / n_head
     V   vocabulary: how many different ids there are
     N   B * T, all tokens of a batch in one row
-    fp32, bf16   32-bit numbers, and 16-bit ones with the same range but only 8 bits of precision.
-                 bf16 takes half the memory and is several times as fast. autocast is PyTorch's
-                 way of using it for the operations that do not need more bits.
+    fp32, bf16   32-bit numbers, and 16-bit ones with the same range but only 2 to 3 decimal digits.
+                 bf16 takes half the memory and is several times as fast. autocast is PyTorch's way
+                 of using it for the operations that do not need more digits.
     kernel       one function that runs on the GPU
-    head         an attention head; lm_head and HeadLoss are about the output layer
 
 Launch it:
     python train_gpt2.py                       a minute on a laptop: it learns to write Python
@@ -33,44 +32,37 @@ Launch it:
     python train_gpt2.py --model d12           trains the shape of GPT-2's 124M on them, on one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --model d12       the same on eight
     python train_gpt2.py --sample logtiny/best.pt --prompt "def "            let it write
+    python train_gpt2.py --resume --output_dir log124M    goes on after a crash, Ctrl-C, a full disk
 
-The sections: 1 the model, 2 the loss, 3 the data, 4 the optimizer, 5 checkpoints, 6 evaluate and
-sample, 7 the run, 8 the bridge to transformers.
+The sections: 1 the model, 2 the loss, 3 the data, 4 the optimizer, 5 evaluate and sample, 6 the
+settings, 7 training, 8 to and from Hugging Face. The training loop ends section 7, and all that it
+uses comes before it.
 
 The model is a variant of GPT-2 with what became usual after it: RMSNorm, rotary positions,
-grouped-query attention, QK-norm, SwiGLU, and no biases. Each is explained where it is built, and is
-a switch; --arch gpt2 turns all of them back to 2019. (GPT-2 also had dropout, setting random
-numbers to 0 in training; we never do.) Names such as wte, c_proj and lm_head are GPT-2's own, and
-the flags have the names of llm.c, GPT-2 training in C (https://github.com/karpathy/llm.c).
-report/one_step.py shows one training step with real numbers, to be read beside this file.
+grouped-query attention, QK-norm, SwiGLU, and no biases. You need not know these words: each is
+explained where it is built. Each is also a switch, and --arch gpt2 turns all of them back to 2019.
+Names such as wte, c_proj and lm_head are GPT-2's own, and the flags have the names of llm.c, GPT-2
+training in C (https://github.com/karpathy/llm.c). report/one_step.py shows one training step with
+real numbers, to be read beside this file.
 """
 
 import argparse
-import codecs
+import contextlib
 import copy
-import ctypes
 import datetime
 import functools
-import gc
 import glob
-import io
-import json
+import importlib.util
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
-import tempfile
 import time
+import traceback
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # You can skip this: it keeps Ctrl-C quiet while PyTorch is imported, which takes seconds. Once
-    # there is something to save, catch_signals() in section 7 takes over.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import filelock
 import numpy as np
@@ -82,61 +74,51 @@ import torch.nn.functional as F
 import fineweb
 import hellaswag
 
-START = time.time()
-
-# torchrun starts one process for each GPU, and tells it through these variables which one it is:
-# its number among all processes, its number on this machine (and so its GPU), and how many there
-# are. Without torchrun there is one process, number 0 of 1. DDP (distributed data parallel) is how
-# PyTorch trains with several: each has a copy of the model and its own part of the batch, and the
-# gradients of all are averaged.
-ddp_rank = int(os.environ.get("RANK", 0))
-ddp_local_rank = int(os.environ.get("LOCAL_RANK", 0))
-world_size = int(os.environ.get("WORLD_SIZE", 1))
-
-def print0(text):
-    """Prints, but in process 0 only: eight processes would say everything eight times."""
-    if ddp_rank == 0:
-        print(text, flush=True)
-
 # -------------------------------------------------------------------------------------------------
 # 1. The model
 
+# Every part below also exists in a standard class of Hugging Face's transformers library, so that
+# other programs can open what we train. This is why some newer ideas are left out (squared ReLU,
+# capped logits, value embeddings).
+
+# The switches that have a name, and what each may be: first the variant's, then GPT-2's.
+SWITCHES = {"norm": ("rmsnorm", "layernorm"), "mlp": ("swiglu", "gelu"), "pos": ("rope", "learned")}
+
+
 @dataclass
 class GPTConfig:
-    """The shape of a model. It raises a ValueError if the widths do not divide evenly.
+    """The shape of a model. Words that are new here are explained below, where they are built.
 
-    The words that are new here are explained below, where they are built.
+    It raises a ValueError if the sizes do not divide or a switch has an unknown name.
     """
 
     n_layer: int = 12         # blocks, one after the other
     n_head: int = 12          # attention heads, side by side in each block
-    n_kv_head: int = 0        # key/value heads; 0: n_head / 2, so that two query heads share one
+    n_kv_head: int = 6        # key/value heads: two query heads share one; GPT-2 has n_head of them
     n_embd: int = 768         # C, numbers in the vector of one position
     block_size: int = 1024    # the longest sequence, in tokens
     vocab_size: int = 50257   # V, ids that exist
-    norm: str = "rmsnorm"     # or layernorm, as GPT-2
-    mlp: str = "swiglu"       # or gelu, as GPT-2
-    pos: str = "rope"         # how positions enter; or learned, as GPT-2
+    norm: str = "rmsnorm"     # how vectors are kept at one size
+    mlp: str = "swiglu"       # what a block computes on each position alone
+    pos: str = "rope"         # how the model learns of the order of positions
     bias: bool = False        # whether linear layers and LayerNorm have biases, as GPT-2's do
     qk_norm: bool = True      # normalize each head's queries and keys; GPT-2 does not
 
     def __post_init__(self):
-        if min(self.n_layer, self.n_head, self.n_embd, self.block_size, self.vocab_size) < 1:
-            raise ValueError("layers, heads, width, sequence length, vocabulary: at least 1 each")
-        if self.n_kv_head == 0:
-            # an odd number of heads cannot be paired: there every query head keeps its own
-            self.n_kv_head = self.n_head // 2 if self.n_head % 2 == 0 else self.n_head
-        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
-            # even, because rotary positions, below, rotate pairs of numbers
-            raise ValueError(f"n_embd {self.n_embd} / n_head {self.n_head} must be whole and even")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
+        # a head's width must be even, because rotary positions rotate pairs of numbers
+        divide = self.n_embd % (2 * self.n_head) == 0 and self.n_head % self.n_kv_head == 0
+        known = all(getattr(self, switch) in names for switch, names in SWITCHES.items())
+        if not (divide and known):
+            raise ValueError(f"n_embd must be a multiple of 2 n_head, n_head one of n_kv_head, and "
+                             f"switches one of {SWITCHES}, but this is {self}")
+
 
 class RMSNorm(nn.Module):
     """Divides each vector by its root mean square, and scales each channel by a gain it learns.
 
-    x (..., dim) -> the same shape and dtype (https://arxiv.org/abs/1910.07467). Vectors that have
-    passed through many layers would grow or shrink without bound; here they get one size again.
+    x (..., dim) -> the same shape and dtype (https://arxiv.org/abs/1910.07467). Every block adds
+    its result to the vectors, so they get longer from block to block. Each part of the model
+    therefore reads a copy that is scaled to one size.
     GPT-2's LayerNorm also subtracts the mean and adds a bias. That turned out not to be needed.
     """
 
@@ -145,11 +127,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))  # the gain
 
     def forward(self, x):
-        # x may be bf16, which has 8 bits of precision. A sum of squares needs more, so: fp32. The
+        # x may be bf16, whose 2 to 3 digits are too few for a sum of many squares, so: fp32. The
         # 1e-6 keeps a vector of zeros from being divided by 0.
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + 1e-6)
         return (y * self.weight).to(x.dtype)
+
 
 def make_norm(config):
     """The kind of normalization that the config asks for, for vectors of n_embd channels."""
@@ -157,29 +140,37 @@ def make_norm(config):
         return RMSNorm(config.n_embd)
     return nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
 
+
 # Attention is how a position collects information from itself and those before it. Each position
 # makes three vectors: a query q (what it is looking for), a key k (what it has to offer) and a
 # value v (what it gives to those who look at it). A position compares its query with its own key
 # and that of every earlier position, by their dot product, and takes a mean of the values, in
 # which those with fitting keys weigh most.
 #
-# None of this depends on where a key stands: attention sees a set of positions, and no order.
+# So far a query finds the same keys wherever they stand: if two earlier tokens changed places, the
+# mean would be the same, and "dog bites man" would be "man bites dog". (Nearly: an earlier position
+# has itself looked at what is before it, and so carries a hint.) The order has to enter somehow.
 # GPT-2 adds a learned vector to each position. Rotary positions (RoPE,
 # https://arxiv.org/abs/2104.09864) instead rotate queries and keys, pair of channels by pair, by
-# angles that grow with time. For a given query and key, rotated by a and by b, the dot product
-# depends on the difference a - b alone. So attention sees distances: "three tokens ago" looks the
-# same everywhere in the text.
+# angles that grow with time.
+#
+# Why rotate? Let R(a) be the rotation by an angle a. If q stands at a and k at b, their dot product
+# is the same as if q were not rotated, and k by the difference:
+#     R(a) q · R(b) k = q · R(-a) R(b) k = q · R(b - a) k
+# So a score depends on the distance b - a alone: "three tokens ago" looks the same everywhere in
+# the text.
 
 def rope_tables(T, D, base=10000.0):
     """cos and sin of every angle, each (T, D/2).
 
     Pair i of a head's D channels is (i, i + D/2), and at time t it is rotated, like a point in the
-    plane, by t * base^(-2i/D) radians. The first pairs turn fast and tell neighbors apart. The last
-    ones hardly turn: they tell far from near.
+    plane, by t * base^(-2i/D) radians. Pairs with a small i turn fast and tell neighbors apart. The
+    last ones hardly turn: they tell far from near.
     """
     turn = base ** (-torch.arange(0, D, 2).float() / D)  # (D/2,), radians from token to token
     angle = torch.outer(torch.arange(T).float(), turn)  # (T, D/2)
     return angle.cos(), angle.sin()
+
 
 def apply_rope(x, cos, sin):
     """Rotates queries or keys x (B, T, heads, D) by their time. cos and sin are (T, D/2)."""
@@ -192,11 +183,12 @@ def apply_rope(x, cos, sin):
     # the tables are fp32, so the products are too; go back to what x was
     return rotated.to(x.dtype)
 
+
 def causal_attention(q, k, v):
     """softmax(q k^T / sqrt(D)) v, each position over itself and the past.
 
     q (B, n_head, T, D), k and v (B, n_kv_head, T, D) -> (B, n_head, T, D). Several query
-    heads share a key and value head, to save weights. In plain form:
+    heads may share a key and value head. In plain form:
 
         k = k.repeat_interleave(n_head // n_kv_head, dim=1)     # one for each query head,
         v = v.repeat_interleave(n_head // n_kv_head, dim=1)     # (B, n_head, T, D)
@@ -207,23 +199,23 @@ def causal_attention(q, k, v):
 
     Why divide by sqrt(D)? A dot product adds up D products. If the numbers are random, of standard
     deviation 1, their sum has the standard deviation sqrt(D). Without the division the largest
-    score of a row would take all of the softmax, and the other positions would get no gradient.
+    score of a row would take all of the softmax. The derivative of a softmax is p (1 - p), which is
+    0 at p = 1 and at p = 0, so no position would get a gradient.
     """
-    # What follows picks the fastest kernel that computes this.
+    # Flash attention (https://arxiv.org/abs/2205.14135) gives the same numbers, computed tile by
+    # tile in the small fast memory of the chip, so that no (T, T) matrix is ever stored. PyTorch
+    # has it. On a CPU it is faster in fp32 (tiny's: 5 ms instead of 13, on an AMD Zen 4). On a GPU
+    # in fp32 it does not exist for shared keys, so there each query head gets its own copy.
     if q.device.type == "cpu":
-        # a CPU's attention is faster in fp32 than in bf16
         q, k, v = q.float(), k.float(), v.float()
     if q.device.type == "cuda" and q.dtype == torch.float32:
-        # In fp32 PyTorch has no memory-saving kernel for shared keys and values: copy them, so that
-        # every query head has its own.
         k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
         v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
-    # Flash attention (https://arxiv.org/abs/2205.14135): the same numbers as above, computed tile
-    # by tile in the small fast memory of the chip, so that no (T, T) matrix is ever stored.
     grouped = q.size(1) != k.size(1)
-    # autocast would turn the fp32 q, k and v of a CPU into bf16: switch it off
+    # autocast would turn the fp32 q, k and v of a CPU into bf16 again: switch it off
     with torch.autocast(q.device.type, enabled=False):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
 
 class CausalSelfAttention(nn.Module):
     """Every position gathers what it needs from the positions before it, as described above.
@@ -231,9 +223,10 @@ class CausalSelfAttention(nn.Module):
     Each head does this on its own, with a q, k and v of D numbers that it makes from all C
     channels. So one may look for the verb, and another for the matching bracket. In grouped-query
     attention (https://arxiv.org/abs/2305.13245) query heads 0 and 1 share key/value head 0, heads
-    2 and 3 share head 1, and so on. That saves weights.
-    And a program that writes text usually keeps the keys and values of all earlier positions (this
-    file does not): they then take half the memory.
+    2 and 3 share head 1, and so on. Why? A program that writes text with a trained model usually
+    keeps the keys and values of all earlier positions, instead of computing them again for each
+    new token as generate() does. With half the heads they take half the memory. (It also saves
+    some weights.)
     """
 
     def __init__(self, config):
@@ -277,6 +270,7 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.c_proj(y)
 
+
 class MLP(nn.Module):
     """Multi-layer perceptron: works on what attention has brought to a position, each by itself.
 
@@ -290,7 +284,8 @@ class MLP(nn.Module):
         super().__init__()
         self.swiglu = config.mlp == "swiglu"
         if self.swiglu:
-            # rounded up to a multiple of 64, because GPUs multiply matrices in blocks
+            # Rounded up to a multiple of 64, because GPUs multiply matrices in blocks. From C = 768
+            # on this adds at most 1 %. At C = 128, 341 become 384: an eighth more weights.
             hidden = 64 * math.ceil(8 * config.n_embd / 3 / 64)
             self.c_gate = nn.Linear(config.n_embd, hidden, bias=config.bias)
             self.c_up = nn.Linear(config.n_embd, hidden, bias=config.bias)
@@ -306,6 +301,7 @@ class MLP(nn.Module):
             return self.c_down(F.silu(self.c_gate(x)) * self.c_up(x))
         # tanh: the approximation of GELU that OpenAI trained GPT-2 with
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
 
 class Block(nn.Module):
     """Attention, then the MLP. Neither replaces x: each adds to it.
@@ -327,8 +323,23 @@ class Block(nn.Module):
         x = x + self.mlp(self.ln_2(x))
         return x
 
+
 class GPT(nn.Module):
-    """The whole model: ids -> vectors -> blocks -> scores for the next id."""
+    """The whole model: ids -> vectors -> blocks -> scores for the next id.
+
+    With d12 and 4 sequences of 1024 tokens the shapes are:
+        idx                    (4, 1024)             token ids
+        wte                    (4, 1024, 768)        a vector for each: the residual stream x
+        in each of 12 blocks:
+            q                  (4, 1024, 12, 64)     12 heads of 64 channels
+            k, v               (4, 1024, 6, 64)      half as many
+            attention          (4, 1024, 768)        the heads side by side, added to x
+            gate, up           (4, 1024, 2048)       8/3 of 768
+            MLP                (4, 1024, 768)        added to x
+        ln_f                   (4096, 768)           all tokens, one below the other
+        lm_head                (4096, 50304)         a score for every id
+        loss                   one number            the mean over 4096 predictions
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -353,24 +364,51 @@ class GPT(nn.Module):
         # The same table scores the ids at the end: an id's score is the dot product of the final
         # vector with the id's row. Ids that are used alike get similar rows, which serves both ends
         # (https://arxiv.org/abs/1608.05859). With two tables d12 would have a third more weights.
+        #
+        # You can see it before the first step. The blocks have added little yet, so the final
+        # vector still looks like the row of the token that came in, and that token gets the highest
+        # score: an untrained model expects every token to come twice. In Python's source 23 % of
+        # the bytes do repeat the one before them. These cost 3.90 nats and the others 5.60, which
+        # is why the default run begins at 5.22, below the ln 257 = 5.55 of guessing.
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
     def init_weights(self):
-        """Random matrices and tables of standard deviation 0.02, as GPT-2; gains are 1 already."""
+        """Random matrices and tables of standard deviation 0.02, as in nanoGPT and llm.c.
+
+        Why 0.02? The input of a matrix has been normalized, so its numbers have a size of 1. An
+        output is a sum of C products, and at C = 768 its size is 0.02 * sqrt(768) = 0.55, neither
+        huge nor tiny. With weights of size 1 it would be 28. (Gains are 1 already.)
+        """
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif name.endswith(("c_proj.weight", "c_down.weight")):
-                # These 2 * n_layer matrices write into the residual stream. A sum of random vectors
-                # grows with the square root of their number, so they are made smaller by that.
+                # These 2 * n_layer matrices write into the residual stream. A sum of n random
+                # vectors grows like sqrt(n), so each is made smaller by sqrt(2 * n_layer).
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
+    # How many digits does all this need? A floating-point number has some bits for its exponent,
+    # which says how large it is, and some for its fraction, which holds its digits:
+    #
+    #              exponent  fraction   next to 1 comes
+    #     fp32        8         23      1.0000001
+    #     TF32        8         10      1.001        (not stored: a GPU may round the inputs of a
+    #     bf16        8          7      1.008        matrix product in fp32 to it, for speed)
+    #
+    # Matrix products do well in bf16, and so does the residual stream. Where many numbers are added
+    # up, 2 to 3 digits are too few: the norms, every softmax and the loss are computed in fp32, and
+    # so is the rotation of RoPE. The weights themselves, their gradients and the optimizer's
+    # averages stay in fp32 all the time. A step changes a weight by a thousandth of it or less, and
+    # bf16 would round that away. In a run in fp32 nothing is bf16; on a GPU all products are TF32.
+
     def features(self, idx):
         """Token ids (B, T), T <= block_size -> what lm_head reads, (B, T, C)."""
         T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens are more than the model's {self.config.block_size}")
         x = self.transformer.wte(idx)  # (B, T, C)
         rope = None
         if self.config.pos == "learned":
@@ -378,7 +416,7 @@ class GPT(nn.Module):
         else:
             rope = (self.cos[:T], self.sin[:T])
         if torch.is_autocast_enabled(x.device.type):
-            # what we look up is fp32; a stream in bf16 is half the memory to move
+            # The table is fp32, like all weights. From here on the stream is bf16: half the memory.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in self.transformer.h:
             x = block(x, rope)
@@ -401,28 +439,6 @@ class GPT(nn.Module):
         logits[..., self.config.vocab_size :] = -math.inf
         return logits
 
-    def num_params(self):
-        """Returns two counts: all trained numbers, and those without the tables wte and wpe."""
-        total = 0
-        tables = 0
-        for name, p in self.named_parameters():
-            total += p.numel()
-            if name in ("transformer.wte.weight", "transformer.wpe.weight"):
-                tables += p.numel()
-        return total, total - tables
-
-    def flops_per_token(self, T):
-        """Floating point operations to train on one token of a sequence of T tokens.
-
-        It tells how much of a GPU's speed a run uses: see PEAK_FLOPS. Forward, each weight takes a
-        multiplication and an addition. Backward, it takes as many for the gradient of the weight
-        and again for that of its input: 6 in all. The table wte counts once, as lm_head. In each
-        layer q k^T and the mean of values take 4 C T more forward, 12 C T in all, counted as if
-        nothing were masked (as in PaLM, https://arxiv.org/abs/2204.02311, appendix B).
-        """
-        _, blocks = self.num_params()
-        attention = 12 * self.config.n_layer * self.config.n_embd * T
-        return 6 * (blocks + self.lm_head.weight.numel()) + attention
 
 # -------------------------------------------------------------------------------------------------
 # 2. The loss
@@ -432,73 +448,80 @@ class GPT(nn.Module):
 #     logits = x @ W.T                            # (N, V), a score for every id
 #     loss = F.cross_entropy(logits, targets)     # mean of -log softmax(logits)[target]
 #
-# That is all there is to the loss, which is called the cross-entropy. HeadLoss, below, returns
-# the same number in less memory. Skip it at first. It is here because the logits fill the memory:
-# those of 64 sequences x 1024 tokens take 64 * 1024 * 50,304 * 4 bytes = 13 GB in fp32, and
-# autograd keeps more than one copy of them.
+# That is all there is to the loss, which is called the cross-entropy. But the logits of 64
+# sequences of 1024 tokens take 64 * 1024 * 50,304 * 4 bytes = 13 GB in fp32, and autograd would
+# keep more than one copy of them until the backward pass. A bit of calculus avoids that. Let z be
+# the logits of one token and y its target. The loss is
+#
+#     -log softmax(z)[y] = log(sum(exp(z))) - z[y]
+#
+# and its derivative with respect to z is softmax(z), with 1 subtracted at y. That is the signal
+# which all of training comes from: lower every id's score by the probability that it was given, and
+# raise the right one's by 1. It needs no more than the logits themselves. So HeadLoss takes a slice
+# of the tokens, computes their logits, loss and gradients at once, and forgets the logits.
 
-# Tokens whose logits exist at one time. More fill a GPU better, fewer take less memory:
-# 16,384 * 50,304 * 4 bytes = 3.3 GB.
+# Tokens in a slice. More fill a GPU better, fewer take less memory: with 4 bytes for a logit in
+# fp32 and 2 in bf16, 16,384 * 50,304 * 6 bytes = 5 GB at most.
 HEAD_ROWS = 16384
+
 
 class HeadLoss(torch.autograd.Function):
     """The mean cross-entropy, computed for a slice of the tokens at a time.
 
     Features x (N, C), the weight of lm_head (padded V, C), targets (N,) and the number of real ids
-    -> a scalar, nats a token. Autograd would keep all logits until the backward pass. But the
-    derivative is simple. If z are the logits of one token and y is its target, the loss is
-    -log softmax(z)[y] = log(sum(exp(z))) - z[y], and its derivative with respect to z is
-    softmax(z), with 1 subtracted at y. So forward() computes a slice's logits, its loss and its
-    gradients, and then forgets the logits. An autograd.Function brings its own backward(), and ctx
-    carries what that needs from forward(): here it only has to scale the gradients.
+    -> a scalar, nats a token. An autograd.Function brings its own backward(). What that needs from
+    forward() is kept in ctx: here the finished gradients, which it only has to scale.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size):
         # whether a backward pass will follow; in evaluate(), under torch.no_grad(), none does
         need_gradient = ctx.needs_input_grad[0]
-        loss = torch.zeros((), device=x.device)
         if need_gradient:
             dx = torch.empty_like(x)
             # fp32 like the weight, because the gradients of all slices add up in it
             dw = torch.zeros_like(weight)
         # in the precision of x, which is bf16 under autocast: cast once, and not in every slice
         weight = weight.to(x.dtype)
+        # A list, and not a running sum: given that, torch.compile computes the logits of all slices
+        # before it goes on.
+        losses = []
         for start in range(0, len(x), HEAD_ROWS):
             rows = slice(start, start + HEAD_ROWS)
             logits = x[rows] @ weight.T  # (rows, padded V)
             # ids that only pad the table get no probability
             logits[:, vocab_size:] = -math.inf
             log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+            del logits  # as long as it has a name, a tensor keeps its memory
             target = targets[rows].unsqueeze(1)  # (rows, 1)
             log_p_target = log_p.gather(1, target)
-            loss -= log_p_target.sum()
+            losses.append(-log_p_target.sum())
             if need_gradient:
-                # The gradient of the logits is p, the softmax, and p - 1 at the target. If p were
-                # rounded to bf16 first and 1 subtracted then, every p above 0.998 would give 0. So
-                # subtract in fp32 and round after it. expm1(log p) is p - 1 in one operation, and
-                # loses no digits that log p has.
-                dlogits = log_p.exp().to(x.dtype)
+                # p, and p - 1 at the target. A p of 0.999 would be rounded to 1.0 in bf16, and
+                # 1.0 - 1 is no gradient at all. So subtract first: expm1(log p) is p - 1. (exp_
+                # writes p over log p, which saves memory.)
+                dlogits = log_p.exp_().to(x.dtype)
                 dlogits.scatter_(1, target, log_p_target.expm1().to(x.dtype))
                 # logits = x W^T, so the gradient of x is dlogits W, and that of W is dlogits^T x
                 dx[rows] = dlogits @ weight
                 dw += dlogits.T @ x[rows]
+                del dlogits
+            del log_p
         if need_gradient:
             ctx.save_for_backward(dx, dw)
             ctx.num_tokens = len(x)
-        return loss / len(x)
+        return torch.stack(losses).sum() / len(x)
 
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        # grad is the derivative, with respect to this loss, of the number that backward() is called
-        # on. train() cuts a step's batch into grad_accum_steps pieces, and calls it on
-        # loss / grad_accum_steps for each, so grad is 1 / grad_accum_steps. dx and dw are the
-        # gradients of the sum of the losses. The loss is their mean over tokens, so divide by the
-        # number of tokens.
+        # dx and dw belong to the sum of the losses, and the loss is their mean, so divide. grad is
+        # what backward() was called on, as a multiple of the loss: 1, or less if train() has
+        # divided the loss before.
         scale = grad / ctx.num_tokens
         # one gradient for each input of forward(); the last two need none
         return dx * scale, dw * scale, None, None
+
 
 # -------------------------------------------------------------------------------------------------
 # 3. The data
@@ -520,95 +543,81 @@ class HeadLoss(torch.autograd.Function):
 def read_shard(path):
     """Returns the shard's tokens (uint16) and vocab_size, how many different ids there can be.
 
-    A shard is a header of 256 whole numbers, and then its tokens, 2 bytes each: see fineweb.py. The
-    tokens are a memory map: nothing is read from the disk before it is used.
+    A shard is 256 whole numbers, and then its tokens, 2 bytes each: see fineweb.py. The tokens are
+    a memory map: nothing is read from the disk before it is used.
     """
-    size = os.path.getsize(path)
-    header = np.fromfile(path, "<i4", fineweb.HEADER_INTS)
-    header_bytes = 4 * fineweb.HEADER_INTS
-    wrong = None
-    if size < header_bytes:
-        wrong = f"{size} bytes are too short for a token shard"
-    elif header[0] != fineweb.SHARD_MAGIC or header[1] != fineweb.SHARD_VERSION:
-        wrong = f"no token shard, or of another version (begins with {header[:2].tolist()})"
-    elif size != header_bytes + 2 * int(header[2]):
-        wrong = f"truncated or overlong: {size} bytes for {header[2]} tokens"
-    if wrong:
-        sys.exit(f"error: {path}: {wrong}; get it again with fineweb.py, or see --input_bin")
-    tokens = np.memmap(path, "<u2", "r", offset=header_bytes)
-    # a shard that does not say (llm.c's, and those that fineweb.py downloads) has GPT-2's ids
-    vocab_size = int(header[3]) or fineweb.VOCAB_SIZE["gpt2"]
-    return tokens, vocab_size
+    header = np.fromfile(path, "<i4", 256)
+    # the file is as long as its header says, unless a download or a copy was cut off
+    is_shard = header[:2].tolist() == [fineweb.SHARD_MAGIC, fineweb.SHARD_VERSION]
+    if not is_shard or os.path.getsize(path) != 4 * 256 + 2 * int(header[2]):
+        sys.exit(f"error: {path} is no whole token shard: get it again with fineweb.py")
+    # a shard that does not say how many (llm.c's, and those that fineweb.py downloads) has GPT-2's
+    return np.memmap(path, "<u2", "r", offset=4 * 256), int(header[3]) or 50257
+
 
 @functools.lru_cache(maxsize=4)
 def permutation(n, *key):
-    """The numbers 0 ... n - 1 in a random order, the same one for the same n and key.
-
-    The key is the seed, the epoch and, for rows, the shard. (The cache saves making it again.)
-    """
+    """The numbers 0 ... n - 1 in a random order. It is the same each time for the same key."""
     return np.random.default_rng(key).permutation(n)
+
 
 class TokenLoader:
     """Sequences out of all shards that match a glob pattern. An epoch uses each of them once.
 
-    A shard of n tokens has (n - 1) // T rows: row i begins at token i * T, and one token more is
-    read for the last target. Rows are cut without regard to texts: one may begin in the middle of a
-    text and hold several, with <|endoftext|> in between, which tells the model of the border.
-    With a seed, each epoch goes through the shards in a random order, and through the rows of
-    each shard in a random order; with seed None, in the order in which they lie. For example
-    shard 0 has 3 rows and shard 1 has 2. An epoch then has 5 sequences, and may be:
+    In plain form: row i of a shard begins at token i * T, and one token more is read for the last
+    target.
+
+        piece = tokens[i * T : i * T + T + 1]
+        x, y = piece[:-1], piece[1:]
+
+    A shard of n tokens has (n - 1) // T rows, and the (n - 1) mod T tokens that are left over at
+    its end are never used. In which order? With a seed, each epoch visits the shards in a random
+    order, and the rows of each shard in a random order; with seed None, as they lie. Sequences are
+    numbered through the whole run. For example shard 0 has 3 rows and shard 1 has 2. An epoch then
+    has 5 sequences, and may be:
 
         number   0   1   2   3   4
         shard    1   1   0   0   0         the shards in random order
         row      1   0   2   0   1         the rows of each in random order
 
-    Number 5 begins the next epoch, in another order. So number 4 of the run is row 1 of shard 0:
-    which text it is depends on the number (and the seed) alone. There is no state to save. Any
-    process can find its share, and a run resumed at step 1000 reads what it would have read.
+    Number 5 begins the next epoch, in another order. What is special: which row has number 4
+    follows from the number and the seed alone, so there is no state to save. Each of eight
+    processes can find its share, and a run resumed at step 1000 reads what it would have read.
+
+    Rows are cut without regard to texts: one may begin in the middle of a text and hold several,
+    with <|endoftext|> in between. May a position then look into the text before its own? Yes. The
+    model learns that what stands before <|endoftext|> does not matter. A mask would forbid it, but
+    takes more code and gains nothing that one would notice: nanochat measured 0.85407 bits a byte
+    with it and 0.85427 without (https://github.com/karpathy/nanochat).
     """
 
     def __init__(self, pattern, T, seed=None):
         self.T = T
         self.seed = seed
-        self.paths = sorted(glob.glob(pattern))
+        self.paths = sorted(glob.glob(str(pattern)))
         if not self.paths:
-            sys.exit(f"error: no token shards at {pattern}: run `python fineweb.py` first, or "
-                     f"name yours with --input_bin 'FOLDER/NAME_train_*.bin'")
-        self.shards = []
-        self.counts = []  # rows in each shard
-        vocab_sizes = set()
-        for path in self.paths:
-            tokens, vocab_size = read_shard(path)
-            vocab_sizes.add(vocab_size)
-            self.shards.append(tokens)
-            self.counts.append(max(0, len(tokens) - 1) // T)
-        names = {size: name for name, size in fineweb.VOCAB_SIZE.items()}
-        if len(vocab_sizes) > 1 or not vocab_sizes <= set(names):
-            sys.exit(f"error: {pattern}: vocabularies of {vocab_sizes} ids: give shards of one, "
-                     f"bytes or GPT-2's, as fineweb.py makes them")
-        self.vocab_size = vocab_sizes.pop()
-        self.tokenizer = names[self.vocab_size]
-        self.counts = np.array(self.counts)
-        self.total = int(self.counts.sum())  # sequences in an epoch
+            sys.exit(f"error: no file {pattern} in {os.getcwd()}: a run needs NAME_train_*.bin and "
+                     f"NAME_val_*.bin, which `python fineweb.py` makes; see --input_bin")
+        self.shards, vocab_sizes = zip(*map(read_shard, self.paths), strict=True)
+        self.vocab_size = vocab_sizes[0]  # all shards of a corpus have the same
+        self.tokenizer = {257: "bytes", 50257: "gpt2"}[self.vocab_size]
+        # rows in each shard, and sequences in an epoch
+        self.counts = [max(0, len(tokens) - 1) // T for tokens in self.shards]
+        self.total = sum(self.counts)
+
+    def order(self, n, *key):
+        """0 ... n - 1 in the order in which an epoch visits them."""
+        return range(n) if self.seed is None else permutation(n, self.seed, *key)
 
     def locate(self, number):
         """Returns the shard and the row of sequence `number` of the run."""
         epoch, number = divmod(number, self.total)
-        # in which order does this epoch visit the shards, and at which number does each end?
-        shard_order = np.arange(len(self.shards))
-        if self.seed is not None:
-            shard_order = permutation(len(self.shards), self.seed, epoch)
-        ends = np.cumsum(self.counts[shard_order])
-        # our shard is the first one that ends after our number
-        place = np.searchsorted(ends, number, side="right")
-        shard = int(shard_order[place])
-        # the number at which it begins, and how far we are into it
-        begin = ends[place] - self.counts[shard]
-        row = int(number - begin)
-        # in which order does this epoch visit the rows of that shard?
-        if self.seed is not None:
-            row = int(permutation(int(self.counts[shard]), self.seed, epoch, shard)[row])
-        return shard, row
+        # go through the shards in this epoch's order, until one has so many rows
+        for shard in self.order(len(self.shards), epoch):
+            if number < self.counts[shard]:
+                # and through the rows of that shard, in their order
+                return shard, self.order(self.counts[shard], epoch, shard)[number]
+            number -= self.counts[shard]
 
     def batch(self, first, count, device):
         """Sequences first ... first + count - 1 of the run: x and y, (count, T) int64 on device."""
@@ -617,18 +626,19 @@ class TokenLoader:
             shard, row = self.locate(first + i)
             start = row * self.T
             rows[i] = self.shards[shard][start : start + self.T + 1]
+            # without this check a GPU stops with an error that does not say why
             if rows[i].max() >= self.vocab_size:
-                # without this check a GPU stops with an error that does not say why
-                sys.exit(f"error: {self.paths[shard]} holds id {rows[i].max()}, outside the "
-                         f"{self.vocab_size} of its vocabulary: make it again with fineweb.py")
+                sys.exit(f"error: {self.paths[shard]} holds id {rows[i].max()}, but its vocabulary "
+                         f"has {self.vocab_size}: make it again with fineweb.py")
         rows = torch.from_numpy(rows)
-        if device.type == "cuda":
+        if torch.device(device).type == "cuda":
             # from pinned memory, which the system may not move, the copy runs beside the GPU's work
             rows = rows.pin_memory().to(device, non_blocking=True)
         else:
             rows = rows.to(device)
         # contiguous() copies: shifted views of one tensor gave wrong results on Apple's GPUs
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
 
 # -------------------------------------------------------------------------------------------------
 # 4. The optimizer
@@ -642,27 +652,30 @@ class TokenLoader:
 #     w -= lr * (m / (sqrt(v) + eps) + weight_decay * w)
 #
 # m smooths the direction over about 10 steps. Dividing by sqrt(v) makes the size of the gradients
-# irrelevant: where all recent gradients are alike, a step is about lr long. If they point to and
-# fro at random, they mostly cancel in m, which is then sqrt((1 - 0.9) / (1 + 0.9)) = 0.23 times as
-# large as one of them (the standard deviation of such an average), and a step is about 0.2 lr
-# long. eps avoids a division by 0, and the first steps also correct for m and v having started at
-# 0. Weight decay pulls every weight a little towards 0: what the data does not ask for fades.
+# irrelevant: where all recent gradients agree, a step is about lr long. Where they point to and fro
+# at random, they mostly cancel in m, and a step is about 0.2 lr long. (The standard deviation of
+# such an average is sqrt((1 - 0.9) / (1 + 0.9)) = 0.23 of one.) eps avoids a division by 0. m and v
+# start at 0, so after n steps they are divided by 1 - 0.9^n and 1 - 0.95^n, the share of a full
+# average that they have. Weight decay pulls weights a little towards 0, so that those which the
+# data does not need fade.
 #
 # Muon (https://kellerjordan.github.io/posts/muon) is the newer optimizer, for the matrices of the
 # blocks. Where Adam evens out the sizes of single numbers, Muon looks at the matrix as a whole, and
 # evens out the directions in which it moves. First the function that does that:
 
 def orthogonalize(matrices):
-    """Makes all singular values of matrices (n, rows, cols), rows <= cols, about 1. Same shape.
+    """Makes all singular values of matrices (n, rows, cols) about 1. Same shape and dtype.
 
     Every matrix is a rotation, a stretch along each axis, and another rotation. The stretches are
     its singular values. A gradient has a few large ones and many tiny ones, so a plain step learns
-    a few directions and neglects the rest. With all of them set to 1, every direction is learned at
-    the same speed. Such a matrix is called orthogonal: its rows have length 1, at right angles.
+    a few directions and neglects the rest. The small ones are not only noise: rare things in the
+    text give small gradients, but the same ones again and again. With all of them set to 1, every
+    direction is learned at the same speed. The rows of such a matrix have length 1 and stand at
+    right angles to each other (if it has more rows than columns: its columns).
 
-    An exact decomposition (SVD) would take far too long. But write X = U S V, with rotations U and
-    V and the stretches S. A rotation times its transpose is 1, so X X^T X = U S V V^T S U^T U S V
-    = U S^3 V: the same rotations, and every stretch s becomes s^3. In X X^T X X^T X it becomes
+    An exact decomposition (SVD) would take far too long. But write X = U S W, with rotations U and
+    W and the stretches S. A rotation times its transpose is 1, so X X^T X = U S W W^T S U^T U S W
+    = U S^3 W: the same rotations, and every stretch s becomes s^3. In X X^T X X^T X it becomes
     s^5. So a weighted sum of the three, made of matrix products only, does this to each stretch:
         s -> a s + b s^3 + c s^5
     With the a, b and c below, doing this five times brings every s between 1/500 and 1 to between
@@ -670,15 +683,20 @@ def orthogonalize(matrices):
     search, see the link.)
     """
     a, b, c = 3.4445, -4.775, 2.0315
+    # X X^T is (rows, rows), and X^T X would be (cols, cols). Lay tall matrices on their side, so
+    # that it is the smaller one.
+    tall = matrices.size(1) > matrices.size(2)
+    X = matrices.mT if tall else matrices
     # The polynomial needs singular values of at most 1, and none is larger than the matrix's norm,
     # the root of the sum of the squares of its entries.
-    X = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         # A X is X X^T X, and A A X is X X^T X X^T X: this is the weighted sum of the three
         A = X @ X.mT  # (n, rows, rows)
         B = b * A + c * A @ A
         X = a * X + B @ X
-    return X
+    return X.mT if tall else X
+
 
 class Muon(torch.optim.Optimizer):
     """Averages the gradients, makes the average orthogonal, and takes a step along it.
@@ -688,6 +706,11 @@ class Muon(torch.optim.Optimizer):
     alone, so there are no common directions to even out. (The table is also lm_head, which does
     turn a vector into scores; Muon's author found AdamW better there, too, see the link.) dtype
     is the precision of the products: bf16 is exact enough, but slow where the hardware lacks it.
+
+    torch.optim.Muon with adjust_lr_fn="match_rms_adamw" is the same, one matrix at a time. With
+    several GPUs every process repeats all of this: 4 % of a d12 step on eight H100s, calculated
+    and not measured. The speedrun (https://github.com/KellerJordan/modded-nanogpt) gives each GPU
+    its share instead.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95, dtype=torch.bfloat16):
@@ -697,35 +720,39 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            # Matrices of one shape go through orthogonalize() together: one large product is
-            # faster than many small ones.
+            # Matrices of one shape go through orthogonalize() together, because one large product
+            # is faster than many small ones.
             same_shape = {}
             for p in group["params"]:
-                if p not in self.state:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum_buffer"]
-                # Momentum, the running average of the gradients: 0.95 of the old one, 0.05 new.
-                # (lerp goes a part of the way from one tensor to another.)
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                # Nesterov's idea: step along what momentum will be after one more such gradient.
-                update = p.grad.lerp(momentum, group["momentum"]).to(self.dtype)
-                # orthogonalize() wants no more rows than columns
-                if update.size(0) > update.size(1):
-                    update = update.T
-                same_shape.setdefault(update.shape, []).append((p, update))
-            for (_, cols), members in same_shape.items():
-                orthogonal = orthogonalize(torch.stack([update for _, update in members]))
-                # Rows of length 1 have entries of a size of 1 / sqrt(cols). Scale them to 0.2, as
-                # large as AdamW's steps are in practice: then one learning rate serves both
-                # optimizers (https://arxiv.org/abs/2502.16982).
-                orthogonal = orthogonal * (0.2 * math.sqrt(cols))
-                for (p, _), update in zip(members, orthogonal, strict=True):
-                    # turn back what was turned above
-                    if p.size(0) > p.size(1):
-                        update = update.T
-                    # weight decay, as in AdamW, and the step
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(update, alpha=group["lr"])
+                same_shape.setdefault(p.shape, []).append(p)
+            for params in same_shape.values():
+                # At most 16 together: all those of a large model would need gigabytes here.
+                for start in range(0, len(params), 16):
+                    self.update(params[start : start + 16], group)
+
+    def update(self, params, group):
+        """One step of some matrices of the same shape, (rows, cols) each."""
+        updates = []
+        for p in params:
+            if p not in self.state:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            momentum = self.state[p]["momentum_buffer"]
+            # Momentum, the running average of the gradients: 0.95 momentum + 0.05 grad. (a.lerp(b,
+            # w) is (1 - w) a + w b.)
+            momentum.lerp_(p.grad, 1 - group["momentum"])
+            # Nesterov's idea: step along what the average would be after one more such gradient,
+            # 0.95 momentum + 0.05 grad once more.
+            updates.append(p.grad.lerp(momentum, group["momentum"]).to(self.dtype))
+        orthogonal = orthogonalize(torch.stack(updates))  # (n, rows, cols)
+        # The rows of a wide matrix have length 1 now, and so entries of about 1 / sqrt(cols). A
+        # tall one has 1 / sqrt(rows). Scale them to 0.2, as large as AdamW's steps are in practice:
+        # then one learning rate serves both optimizers (https://arxiv.org/abs/2502.16982).
+        orthogonal = orthogonal * (0.2 * math.sqrt(max(params[0].shape)))
+        for p, update in zip(params, orthogonal, strict=True):
+            # weight decay, as in AdamW, and the step
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.sub_(update, alpha=group["lr"])
+
 
 def make_optimizers(model, args, dtype):
     """[AdamW], or with --optimizer muon [AdamW, Muon]: Muon has the matrices of the blocks."""
@@ -740,10 +767,11 @@ def make_optimizers(model, args, dtype):
         else:
             decayed.append(p)
     groups = [
+        # the tables, and without Muon also the matrices
         {"params": decayed, "weight_decay": args.weight_decay},
-        # No decay here. Decay is there because large weights make the model oversensitive: a small
-        # change of what they multiply changes the output much. A bias is only added and cannot do
-        # that. And a norm's gain belongs near 1, since a gain of 0 switches its channel off.
+        # No decay for biases and gains. Decay is for weights that multiply: large ones make the
+        # model oversensitive. A bias is only added, and a gain belongs near 1: at 0 its channel is
+        # off.
         {"params": vectors, "weight_decay": 0.0},
     ]
     # 0.9 and 0.95 are GPT-3's (https://arxiv.org/abs/2005.14165). With PyTorch's usual 0.999, v
@@ -753,6 +781,7 @@ def make_optimizers(model, args, dtype):
     if not matrices:
         return [adamw]
     return [adamw, Muon(matrices, lr, args.weight_decay, dtype=getattr(torch, dtype))]
+
 
 def get_lr(step, args):
     r"""The learning rate of a step.
@@ -764,140 +793,100 @@ def get_lr(step, args):
        /         \                /        `--.__
         warm up, stay, fall to 0   warm up, fall to a tenth
 
-    The rate warms up from a tenth, because at first the optimizers' averages rest on a few
-    gradients, and full steps would go astray. It falls because large steps jump to and fro across
-    a valley of the loss, and only small ones get down into it. wsd (warm up, stable, decay,
-    https://arxiv.org/abs/2405.18392) falls over the last 70 % of the run.
+    It warms up from a tenth, because at first the optimizers' averages rest on a few gradients,
+    and full steps would go astray. It falls because large steps jump to and fro across a valley of
+    the loss, and only small ones get down into it. wsd means warm up, stable, decay. MiniCPM, which
+    named it (https://arxiv.org/abs/2404.06395), decays over the last 10 to 20 % of a run; we fall
+    over the last 70 %, as the speedrun does (see https://arxiv.org/abs/2405.18392 for long falls).
+    What d12 gets at some of its 19,073 steps, if its highest rate is 2.4e-3 (original: 1.2e-3):
+
+        step                             0         125       10,000    19,072
+        --recipe today      (wsd)        2.4e-4    1.3e-3    1.6e-3    1.8e-7
+        --recipe original   (cosine)     1.2e-4    3.1e-4    6.5e-4    1.2e-4
     """
-    # a run that is shorter than usual warms up for a tenth of it at most
-    warmup_iters = min(args.warmup_iters, args.num_iterations // 10)
-    if step < warmup_iters:
-        return args.learning_rate * (0.1 + 0.9 * step / warmup_iters)
+    if step < args.warmup_iters:
+        return args.learning_rate * (0.1 + 0.9 * step / args.warmup_iters)
     if args.schedule == "cosine":
-        progress = (step - warmup_iters) / max(1, args.num_iterations - warmup_iters)
+        progress = (step - args.warmup_iters) / max(1, args.num_iterations - args.warmup_iters)
         falling = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 to 0
         return args.learning_rate * (0.1 + 0.9 * falling)
-    remaining = (args.num_iterations - step) / args.num_iterations  # from 1 to 0
-    return args.learning_rate * min(1.0, remaining / 0.7)
+    if args.schedule == "wsd":
+        remaining = (args.num_iterations - step) / args.num_iterations  # from 1 to 0
+        return args.learning_rate * min(1.0, remaining / 0.7)
+    raise ValueError(f"no schedule is called {args.schedule}")
+
 
 # -------------------------------------------------------------------------------------------------
-# 5. Checkpoints
+# 5. Evaluate and sample
 
-def save_checkpoint(path, state):
-    """Writes state so that at any moment path holds one whole checkpoint, the old or the new one.
-
-    Returns whether it is the new one. If the disk is full, the old one stays and training goes on.
-    """
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        with open(tmp, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            # The bytes have to be on the disk before the name points at them, or a power cut in
-            # between would leave a name without a checkpoint.
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-        return True
-    except (OSError, RuntimeError) as e:  # torch makes a RuntimeError of some failed writes
-        tmp.unlink(missing_ok=True)
-        print(f"WARNING: cannot write {path}, make room; what was there stays ({e})", flush=True)
-        return False
-
-def read_checkpoint(path):
-    """What save_checkpoint() wrote, a dictionary. Ends the program if anything is wrong with it."""
-    try:
-        # A checkpoint is a zip archive, with a checksum for each file in it: a flipped bit shows.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"{damaged} in it does not match its checksum")
-        # weights_only: it holds data, and may come from anybody; never run code out of it.
-        # mmap: a weight is read when it is used, so a process does not hold all of it twice.
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if not isinstance(checkpoint, dict):
-            raise ValueError("it holds no dictionary")
-        weights = checkpoint["model"]
-        if "transformer.h.0.attn.c_attn.weight" in weights:
-            raise ValueError("an older train_gpt2.py wrote it: train it again")
-        vocab_size = fineweb.VOCAB_SIZE.get(checkpoint["tokenizer"])
-        if vocab_size is None or vocab_size != checkpoint["config"]["vocab_size"]:
-            raise ValueError(f"its model does not fit its tokenizer {checkpoint['tokenizer']}")
-        if not isinstance(checkpoint["step"], int) or not isinstance(checkpoint["val_loss"], float):
-            raise ValueError("its step or its val_loss is no number")
-        # the meta device knows shapes and holds no numbers: would the weights fit the config?
-        with torch.device("meta"):
-            expected = GPT(GPTConfig(**checkpoint["config"])).state_dict()
-        shapes = {name: w.shape for name, w in weights.items()}
-        if shapes != {name: w.shape for name, w in expected.items()}:
-            raise ValueError("its weights do not fit its config")
-        return checkpoint
-    except Exception as e:  # torch raises a dozen kinds here, and all mean the same to the user
-        reason = str(e).split("\n")[0]
-        sys.exit(f"error: {path} is no checkpoint that can be used ({type(e).__name__}: "
-                 f"{reason}): give a best.pt or last.pt, as a run writes them")
-
-def load_model(name, device):
-    """A model and its tokenizer's name. name: a checkpoint's path, or one of OPENAI_MODELS."""
-    if name in OPENAI_MODELS:
-        return from_openai(name).to(device), "gpt2"
-    checkpoint = read_checkpoint(name)
-    with device:
-        model = GPT(GPTConfig(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
-    return model, checkpoint["tokenizer"]
-
-# -------------------------------------------------------------------------------------------------
-# 6. Evaluate and sample
+# What follows only looks at a model. It works in a notebook as well, after `from train_gpt2 import
+# load_model, print_sample, evaluate, TokenLoader`:
+#
+#     model, tokenizer = load_model("logtiny/best.pt", "cpu")
+#     print_sample(model, tokenizer, "def ")
+#     evaluate(model, TokenLoader("stdlib_py*/stdlib_val_*.bin", T=128), num_sequences=100)
 
 def all_sum(values, device):
-    """The sum over all processes of a list of numbers, element by element."""
-    if world_size == 1:
+    """The sum over all processes of a list of numbers, element by element.
+
+    With several GPUs, each has a process of its own, which does its part of the work: see train().
+    """
+    if not dist.is_initialized():
         return values
     values = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(values)
     return values.tolist()
 
-@torch.no_grad()
-def evaluate(model, plain_model, data, num_sequences, batch_size, device, autocast, on_batch):
-    """The mean loss of the first num_sequences of data, in nats a token.
 
-    plain_model is the same model, not compiled. on_batch() is called after each batch, so that a
-    run can be stopped there. There is no model.eval() here. It would switch off dropout, which in
-    training sets some numbers, drawn at random, to 0, so that a model cannot learn its texts by
-    heart. GPT-2 had it; this model has not, because a run over 10 billion tokens sees each text
-    only once.
+@torch.no_grad()
+def evaluate(model, data, num_sequences, batch_size=16, autocast=contextlib.nullcontext,
+             rank=0, world_size=1):
+    """The mean loss of the first num_sequences of data, a TokenLoader, in nats a token.
+
+    This is process number rank of world_size. There is no model.eval() here, because training does
+    nothing that evaluation has to leave out. GPT-2 had dropout, which sets random numbers to 0 in
+    training, so that a model cannot learn its texts by heart. Whoever reads 10 billion tokens only
+    once cannot do that anyway.
     """
+    device = next(model.parameters()).device
+    loss_sum = 0.0
     # Processes take turns by batch, and each sequence counts once. So the mean is the same for any
     # number of processes and any batch size, and runs can be compared.
-    loss_sum = 0.0
-    for first in range(ddp_rank * batch_size, num_sequences, world_size * batch_size):
+    for first in range(rank * batch_size, num_sequences, world_size * batch_size):
         count = min(batch_size, num_sequences - first)
         x, y = data.batch(first, count, device)
-        # model may have been compiled by torch.compile, into code for one shape. A smaller batch at
-        # the end would need its own, a minute's work: there the plain model is faster.
-        forward = model if count == batch_size else plain_model
         with autocast():
-            loss = forward(x, y)
+            loss = model(x, y)
         loss_sum += loss.item() * count
-        on_batch()
     return all_sum([loss_sum], device)[0] / num_sequences
 
-def load_tokenizer(name):
-    """Returns two functions, encode: text -> list of ids, and token_bytes: id -> its bytes.
 
-    name is "bytes" or "gpt2". In both the last id is <|endoftext|>, which stands before each text.
+def score_hellaswag(model, items, autocast):
+    """The share of HellaSwag's questions that the model answers right.
+
+    A question is the beginning of a text and four ways to go on. The model's answer is the one with
+    the smallest mean loss. Guessing gets 0.25 and OpenAI's 124M 0.295: see hellaswag.py. items: the
+    questions of this process, as its encode_question() makes them.
+    """
+    logp = hellaswag.log_probs(model, items, autocast)
+    _, right = hellaswag.right_answers(logp, items)
+    right, asked = all_sum([right, len(items)], next(model.parameters()).device)
+    return right / asked
+
+
+def load_tokenizer(name):
+    """Returns encode: text -> list of ids, and decode: list of ids -> text.
+
+    name is "bytes", where each byte is its own id, or "gpt2": fineweb.py tells how its 50,256
+    pieces of text were found. In both one id more, the last, is <|endoftext|>, which begins a text.
     """
     if name == "bytes":
-        # replace: bytes of a command line that are no text, which Python keeps as halves of
-        # characters, become question marks
-        return lambda text: list(text.encode("utf-8", "replace")), lambda token: bytes([token])
+        return lambda text: list(text.encode()), lambda ids: bytes(ids).decode(errors="replace")
     import tiktoken  # here, because the default run does not need it
-    try:
-        bpe = tiktoken.get_encoding("gpt2")
-    except OSError as e:  # it downloads the vocabulary, 1.5 MB, once
-        sys.exit(f"error: tiktoken cannot load GPT-2's vocabulary ({str(e)[:80]}): go online "
-                 f"once, or set TIKTOKEN_CACHE_DIR to a folder that has it")
-    return bpe.encode_ordinary, bpe.decode_single_token_bytes
+
+    bpe = tiktoken.get_encoding("gpt2")  # downloads the vocabulary, 1.5 MB, once
+    return bpe.encode_ordinary, bpe.decode
+
 
 @torch.no_grad()
 def generate(model, ids, max_new_tokens, temperature=0.8, top_k=50, generator=None):
@@ -926,187 +915,64 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=50, generator=No
         yield token.item()
         x = torch.cat((x, token), dim=1)
 
-def print_sample(model, tokenizer, prompt, seed, max_new_tokens=200):
-    """Prints the prompt and what the model makes of it, each piece as soon as it is there."""
-    encode, token_bytes = load_tokenizer(tokenizer)
+
+def print_sample(model, tokenizer, prompt=None, seed=0, max_new_tokens=200, **options):
+    """Prints the prompt and what the model makes of it.
+
+    tokenizer: its name, as load_model() returns it. options: temperature and top_k of generate().
+    """
+    encode, decode = load_tokenizer(tokenizer)
     if prompt is None:
         prompt = {"bytes": "def ", "gpt2": "Hello, I'm a language model,"}[tokenizer]
-    # In training every document begins with <|endoftext|>, the last id: so does this one.
-    ids = [model.config.vocab_size - 1] + encode(prompt)
+    # In training every document begins with <|endoftext|>: so does this one, whether the prompt
+    # says so or not.
+    ids = []
+    for text in prompt.removeprefix("<|endoftext|>").split("<|endoftext|>"):
+        ids += [model.config.vocab_size - 1] + encode(text)
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
-    # A token may end in the middle of a character: the decoder waits for the rest of its bytes.
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    print(prompt, end="", flush=True)
-    for token in generate(model, ids, max_new_tokens, generator=generator):
-        print(decoder.decode(token_bytes(token)), end="", flush=True)
-    print(decoder.decode(b"", final=True), flush=True)
+    new_ids = generate(model, ids, max_new_tokens, generator=generator, **options)
+    print(prompt + decode(list(new_ids)), flush=True)
+
 
 # -------------------------------------------------------------------------------------------------
-# 7. The run
+# 6. The settings
 
-# First the training loop itself. `run` holds all that it works with: the model, the data, the
-# optimizers and so on. How that is set up comes after it.
-
-class Stopped(Exception):
-    """Raised by check_signals() when somebody has asked the run to stop."""
-
-# What a healthy run looks like. The loss begins near ln V, falls fast for some hundred steps and
-# then ever more slowly. It wobbles by a few percent from step to step, since each has another
-# batch. While the learning rate falls (with wsd that is the last 70 % of the run), the loss goes
-# on falling, and falls faster than it would at a constant rate. llm.c's GPT-2 124M has a
-# validation loss on FineWeb of 6.17 after 250 steps, 3.86 after 2,000, 3.39 after 10,000 and 3.27
-# at the end (https://github.com/karpathy/llm.c/discussions/481), and ours should stay below that.
-# The norm (the length of all gradients as one vector) is a few units at first and settles below
-# 1. If the loss jumps up and stays there, give a lower learning rate. If it stays near ln V,
-# something is broken: try --overfit_single_batch, whose loss has to come down to almost 0.
-
-def train(run):
-    """The training loop. Raises Stopped where somebody asked for it and nothing is lost."""
-    args = run.args
-    first_step = run.step
-    first_step_done = None  # the time when the first step was done
-    seconds = []  # how long each step took since the last line that was printed
-    # micro-batches (see below) are numbered through the whole run: this is first_step's first one
-    x, y = run.micro_batch(first_step * run.grad_accum_steps)
-    # One round more than there are steps: it only looks at the final weights.
-    for step in range(first_step, args.num_iterations + 1):
-        # Once in a while: how good is the model on text that it does not learn from? This stands at
-        # the top of the loop, where the weights have had exactly `step` updates. So step 0 shows an
-        # untrained model, whose loss should be about ln V, and the last round shows the final one.
-        if run.due(args.val_loss_every):
-            run.validate()
-        # Once in a while: HellaSwag, a benchmark of questions with four answers to choose from.
-        if run.due(args.hellaswag_every):
-            run.score_hellaswag()
-        # At the same time we read what it writes. No loss tells that it only repeats itself.
-        if run.due(args.val_loss_every):
-            run.sample()
-        if step == args.num_iterations:
-            break
-        # And save, so that a crash costs little. (train_command() saves the final state.)
-        if run.due(args.val_loss_every) and step > 0:
-            run.save()
-
-        # Forward and backward. A step's batch, half a million tokens for d12, does not fit a GPU at
-        # once. So it is cut into grad_accum_steps micro-batches, which run one after the other, and
-        # their gradients add up in p.grad.
-        t0 = time.time()
-        loss_sum = torch.zeros((), device=run.device)
-        for micro_step in range(run.grad_accum_steps):
-            # Under DDP, backward() also averages gradients over processes. That is needed once a
-            # step, in the last micro-batch; until then each process adds up its own.
-            if world_size > 1:
-                is_last = micro_step == run.grad_accum_steps - 1
-                run.ddp_model.require_backward_grad_sync = is_last
-            # autocast runs matrix products in bf16 (see the table in pick_autocast()). ddp_model is
-            # the model, compiled if that is wanted, and in DDP if there are several processes.
-            with run.autocast():
-                loss = run.ddp_model(x, y)
-            # backward() adds to p.grad, and what we want is the mean. With 16 micro-batches and
-            # without this division, everything would be 16 times too large. The loss and the norm
-            # that are printed would show it, but the model would learn and so hide it: optimizers
-            # ignore a size that all gradients share. The harm is that clipping cuts every step.
-            loss = loss / run.grad_accum_steps
-            # detach() takes the number, without the graph of operations that made it
-            loss_sum += loss.detach()
-            # Python runs ahead of a GPU, which works through a queue of kernels. So the next batch
-            # is made while the GPU is at work on this one. (The last round makes the next step's
-            # first.)
-            x, y = run.micro_batch(step * run.grad_accum_steps + micro_step + 1)
-            loss.backward()
-            # a place to stop: the weights are still those of `step` whole steps
-            run.check_signals()
-
-        # Clip: if the gradients of all weights, taken as one long vector, are longer than 1, scale
-        # them to length 1. The optimizers ignore a size that all steps share, but one unusual
-        # batch (a page of digits, say) can have a gradient a hundred times as long as others. It
-        # would fill the averages of both optimizers, and for ten or twenty steps the weights would
-        # move along it, away from what was learned. norm is the length before clipping.
-        norm = nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-        lr = get_lr(step, args)
-        for optimizer in run.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            # Set the gradients back to 0, or the next ones would be added to them. Write zeros and
-            # do not delete them (set_to_none): under DDP they are a part of the buffers it sends.
-            optimizer.zero_grad(set_to_none=False)
-        run.step = step + 1
-
-        # .item() waits until the GPU has done all of this. Before it, the clock would only show how
-        # long it takes to order the work. It waits once a step, and not in the loop above.
-        train_loss = loss_sum.item() / world_size
-        # Each has divided by world_size, so the sum is the mean loss. With it go the
-        # signals (Ctrl-C and the like): if one process was asked to stop, all learn it here.
-        run.train_loss, stop = all_sum([train_loss, len(run.signals)], run.device)
-        seconds.append(time.time() - t0)
-        norm = norm.item()
-        if not math.isfinite(run.train_loss + norm):
-            # Something is nan or infinite. Now the weights are, too, and no later step mends them.
-            sys.exit(f"error: step {step} has loss {run.train_loss}, gradient norm {norm}: go on "
-                     f"from {args.output_dir}/last.pt if there is one, with a lower rate")
-
-        # Say how it goes. The first step is slow, so the time that is left is counted without it.
-        minutes_left = None
-        if first_step_done is None:
-            first_step_done = time.time()
-            print0(f"first step done {first_step_done - START:.1f} s after the start")
-        else:
-            seconds_a_step = (time.time() - first_step_done) / (step - first_step)
-            minutes_left = seconds_a_step * (args.num_iterations - step - 1) / 60
-        if step % args.log_every == 0 or step == args.num_iterations - 1:
-            run.report_step(norm, lr, seconds, minutes_left)
-            seconds = []
-        # all processes stop together
-        if stop:
-            raise Stopped
-
-# The rest of this section is what the loop stands on: the sizes of models, flags, setting up, and
-# what a run does once in a while.
-
-# Each row is a model, and its folder has the name of GPT-2's model of that shape. The learning
-# rates of d12 to d48 are four times those of GPT-3's models of these sizes (6e-4 to 2e-4, table
-# 2.1 of https://arxiv.org/abs/2005.14165), since training stays stable at such rates with Muon and
-# QK-norm. Only small models have been tried (report/README.md), so take them for a guess: half as
-# much or twice as much may be better.
+# First the sizes. The learning rates of d12 to d48 are four times those of GPT-3's models of these
+# sizes (6e-4 to 2e-4, table 2.1 of https://arxiv.org/abs/2005.14165), because training stays stable
+# at such rates with Muon and QK-norm. Only small models have been tried (report/README.md), so take
+# them as a guess: half as much or twice as much may be better. The folders are named after GPT-2's
+# models of these shapes. "fits" is how many sequences of 1024 tokens a GPU with 80 GB takes at a
+# time (calculated, not tried). d48's 25 heads cannot share in pairs.
+COLUMNS = "n_layer", "n_head", "n_kv_head", "n_embd", "learning_rate", "output_dir", "fits"
 PRESETS = {
-    "tiny": dict(n_layer=4, n_head=4, n_embd=128, learning_rate=4e-3, output_dir="logtiny"),
-    "d12": dict(n_layer=12, n_head=12, n_embd=768, learning_rate=2.4e-3, output_dir="log124M"),
-    "d24": dict(n_layer=24, n_head=16, n_embd=1024, learning_rate=1.2e-3, output_dir="log350M"),
-    "d36": dict(n_layer=36, n_head=20, n_embd=1280, learning_rate=1e-3, output_dir="log774M"),
-    "d48": dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=8e-4, output_dir="log1558M"),
+    "tiny": (4,     4,        2,           128,      4e-3,            "logtiny",    64),
+    "d12":  (12,    12,       6,           768,      2.4e-3,          "log124M",    64),
+    "d24":  (24,    16,       8,           1024,     1.2e-3,          "log350M",    32),
+    "d36":  (36,    20,       10,          1280,     1e-3,            "log774M",    16),
+    "d48":  (48,    25,       25,          1600,     8e-4,            "log1558M",   8),
 }
+PRESETS = {model: dict(zip(COLUMNS, row, strict=True)) for model, row in PRESETS.items()}
 # tiny trains for a minute, on bytes; input_bin "" stands for the source of the standard library
-PRESETS["tiny"].update(
+PRESETS["tiny"] |= dict(
     input_bin="", sequence_length=128, total_batch_size=2048, num_iterations=600, warmup_iters=20,
     val_loss_every=200, log_every=20, compile=False,
 )
 # --arch gpt2: every switch as in 2019. (parse_args() sets n_kv_head, too.)
 GPT2 = dict(norm="layernorm", mlp="gelu", pos="learned", bias=True, qk_norm=False)
 # --recipe original: how this variant was first trained, at half the learning rate
-# (https://github.com/Morris88826/CSCE-689-HW2)
+# (https://github.com/Morris88826/CSCE-689-HW2, the course work that this project follows)
 ORIGINAL = dict(optimizer="adamw", schedule="cosine", warmup_iters=715, qk_norm=False)
-# --init_from: the shapes of OpenAI's models, and how nanoGPT finetunes them
+# --init_from: the shapes of OpenAI's models, and nanoGPT's rate for finetuning them (there it stays
+# the same all the time; ours falls)
 OPENAI_MODELS = {"gpt2": "d12", "gpt2-medium": "d24", "gpt2-large": "d36", "gpt2-xl": "d48"}
-FINETUNE = dict(arch="gpt2", optimizer="adamw", learning_rate=3e-5, warmup_iters=0)
-FINETUNE["total_batch_size"] = 32768
-# Flags that make the model and the order of the data: they cannot change when a run is resumed.
-FIXED = ["model", "arch", "recipe", "n_layer", "n_head", "n_kv_head", "n_embd", *GPT2, "optimizer"]
-FIXED += ["sequence_length", "total_batch_size", "seed", "overfit_single_batch"]
-# Flags that a resumed run takes over from its checkpoint, unless another value is given.
-KEPT = ["num_iterations", "learning_rate", "warmup_iters", "schedule", "weight_decay", "dtype"]
-KEPT += ["input_bin", "val_loss_every", "val_tokens", "hellaswag_every", "log_every", "prompt"]
+FINETUNE = dict(optimizer="adamw", learning_rate=3e-5, warmup_iters=0, total_batch_size=32768)
 
-# How many operations a second a GPU can do in bf16, from its data sheet. MFU (model FLOPs
-# utilization) is the share of them that a run uses; 40 to 60 % is good. The first name that occurs
-# in the card's counts.
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12}
-PEAK_FLOPS |= {"A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
 
 def make_parser():
-    """All flags. Where llm.c has a flag it has the same name here.
+    """All settings, as flags. Where llm.c has one, it has the same name here.
 
-    The defaults here are those of a run on FineWeb. PRESETS changes some of them for tiny.
+    The defaults are those of a run on FineWeb; a preset, --recipe, --arch and --init_from change
+    some of them.
     """
     show_as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=show_as_written)
@@ -1114,840 +980,825 @@ def make_parser():
     parser.error = lambda message: sys.exit(f"error: {message}; see --help")
     add = parser.add_argument
     on_off = argparse.BooleanOptionalAction  # makes --qk_norm and --no-qk_norm
-    # the model
+
+    # The model, and each number and switch of GPTConfig.
     add("--model", choices=PRESETS, help="the size: one of PRESETS; default: tiny")
     add("--arch", choices=["variant", "gpt2"], default="variant", help="gpt2: all switches back")
-    add("--norm", choices=["rmsnorm", "layernorm"], default="rmsnorm", help="normalization")
-    add("--mlp", choices=["swiglu", "gelu"], default="swiglu", help="the MLP's nonlinearity")
-    add("--pos", choices=["rope", "learned"], default="rope", help="how positions enter")
+    for number in "n_layer", "n_head", "n_kv_head", "n_embd":
+        add(f"--{number}", type=int, help="default: the preset's")
+    for switch, names in SWITCHES.items():
+        add(f"--{switch}", choices=names, default=names[0])
+    add("--bias", action=on_off, default=False, help="biases in linear layers and LayerNorm")
     add("--qk_norm", action=on_off, default=True, help="normalize queries and keys")
-    add("--n_kv_head", type=int, default=0, help="key/value heads; 0: half of n_head")
-    add("--n_head", type=int, help="query heads; default: the model's")
-    add("--n_layer", type=int, help="blocks; default: the model's")
-    add("--n_embd", type=int, help="width in channels; default: the model's")
     add("--init_from", choices=OPENAI_MODELS, help="begin with OpenAI's weights")
-    # the data and the folder
-    add("--input_bin", default="fineweb10B/fineweb_train_*.bin", help="training shards, a pattern")
-    add("--output_dir", type=Path, help="for main.log, last.pt, best.pt; default: log and the size")
-    # a step
-    add("--batch_size", type=int, default=0, help="sequences at a time; 0: as many as fit")
+
+    # What it learns from, and where it writes.
+    add("--input_bin", default="fineweb10B/fineweb_train_*.bin", metavar="PATTERN",
+        help="training shards, in quotes: '%(default)s'; those with _val_ for _train_ validate")
+    add("--output_dir", help="for main.log, last.pt, best.pt; default: the preset's")
+
+    # How large is a step? Its gradient is a mean over so many tokens, an estimate of what all text
+    # would say. Few tokens make a noisy estimate, with which only small steps are safe. Ever more
+    # tokens cost ever more and improve it less and less (https://arxiv.org/abs/1812.06162). GPT-3's
+    # model of 125M took half a million, and so do most since: here 512 sequences of 1024.
     add("--sequence_length", type=int, default=1024, help="tokens in a sequence [%(default)s]")
     add("--total_batch_size", type=int, default=524288, help="tokens in a step [%(default)s]")
-    add("--num_iterations", type=int, default=19073, help="steps; 19,073 x 524,288 = 10B tokens")
-    add("--overfit_single_batch", action="store_true", help="learn one batch: a check of all")
-    # the optimizer
+    # How many of them does the GPU process at a time? That changes the speed and not the result,
+    # because their gradients are added up.
+    add("--batch_size", type=int, default=0, help="sequences at a time; 0: as many as fit")
+    # How long? For the lowest loss at a given cost a model should read about 20 tokens for each
+    # weight (https://arxiv.org/abs/2203.15556), d12 2.3 billion and d24 7. More of them make the
+    # same model better still, and a small model that many people use is worth it. 19,073 steps are
+    # the 10 billion tokens of FineWeb's sample, each read once.
+    add("--num_iterations", type=int, default=19073, help="steps [%(default)s]")
+    add("--overfit_single_batch", action="store_true", help="one batch again and again, as a test")
+
+    # How is it trained? Of all numbers the learning rate matters most. Warm-up: see get_lr(). 0.1
+    # and 1.0 are GPT-3's decay and clipping.
     add("--recipe", choices=["today", "original"], default="today", help="original: AdamW, cosine")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the blocks' matrices")
-    add("--learning_rate", type=float, help="its highest value; default: the model's")
-    # what to see and keep
+    add("--learning_rate", type=float, help="its highest value; default: the preset's")
+    add("--schedule", choices=["wsd", "cosine"], default="wsd", help="how the rate falls")
+    add("--warmup_iters", type=int, help="steps; default: the recipe's, or a tenth of a short run")
+    add("--weight_decay", type=float, default=0.1, help="of matrices and tables [%(default)s]")
+    add("--grad_clip", type=float, default=1.0, help="longest gradient; 0: any [%(default)s]")
+    add("--seed", type=int, default=1337, help="for weights, data order, samples [%(default)s]")
+
+    # What to see and keep.
     add("--val_loss_every", type=int, default=250, help="to validate, sample, save [%(default)s]")
     add("--val_tokens", type=int, default=10485760, help="tokens a validation takes [%(default)s]")
     add("--hellaswag_every", type=int, default=0, help="steps to a HellaSwag score; 0: no")
-    add("--resume", action="store_true", help="go on from last.pt in output_dir")
-    # the machine
+    add("--log_every", type=int, default=1, help="steps from line to line")
+    add("--resume", action="store_true", help="go on from last.pt in output_dir, if it exists")
+    add("--prompt", help="what samples begin with")
+    add("--temperature", type=float, default=0.8, help="of samples [%(default)s]")
+    add("--top_k", type=int, default=50, help="of samples [%(default)s]")
+    add("--max_new_tokens", type=int, default=200, help="longest sample [%(default)s]")
+
+    # The machine. By default all that it can do.
     add("--device", choices=["cuda", "mps", "cpu"], help="default: the first of these there is")
     add("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 if the device has it")
-    add("--compile", action=on_off, help="torch.compile; default: on CUDA")
-    add("--seed", type=int, default=1337, help="for weights, data order, samples [%(default)s]")
-    # instead of training
+    add("--compile", action=on_off, help="torch.compile; default: on a GPU")
+
+    # Instead of training.
     add("--sample", metavar="CHECKPOINT", help="let a checkpoint, or gpt2 ... gpt2-xl, write")
-    add("--prompt", help="what samples begin with")
     add("--export", nargs=2, metavar=("CHECKPOINT", "FOLDER"), help="write it for transformers")
-    # what presets, --recipe and --arch set, and no flag of its own
-    parser.set_defaults(bias=False, schedule="wsd", warmup_iters=250, weight_decay=0.1, log_every=1)
     return parser
 
-def parse_args(argv):
-    """Returns the flags, and the checkpoint to resume or None.
 
-    --model, --recipe and --arch change the defaults of other flags. To know them one has to
-    parse, and after changing the defaults one has to parse again: what was given still wins over
-    any default.
+def parse_args(argv):
+    """Returns the flags, and the checkpoint to go on from or None.
+
+    Some flags change the defaults of others. So parse once to see them, change the defaults, and
+    parse again: what was typed wins over any default.
     """
     parser = make_parser()
+    typed = parser.parse_args(argv)
+    model = typed.model or OPENAI_MODELS.get(typed.init_from, "tiny")
+    defaults = {"model": model, "warmup_iters": 250} | PRESETS[model]
+    if typed.recipe == "original":
+        defaults |= ORIGINAL
+        defaults["learning_rate"] /= 2
+    if typed.init_from:
+        defaults |= FINETUNE | {"arch": "gpt2", "output_dir": f"log_{typed.init_from}"}
+    if typed.arch == "gpt2" or typed.init_from:
+        defaults |= GPT2 | {"n_kv_head": typed.n_head or defaults["n_head"]}
+    del defaults["fits"]  # the one column that is no flag
+    parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    model = args.model or OPENAI_MODELS.get(args.init_from, "tiny")
-    preset = PRESETS[model] | {"model": model}
-    if args.recipe == "original":
-        parser.set_defaults(**ORIGINAL)
-        preset["learning_rate"] /= 2
-    parser.set_defaults(**preset)
-    if args.init_from:
-        parser.set_defaults(**FINETUNE, output_dir=f"log_{args.init_from}")
-    args = parser.parse_args(argv)
-    if args.arch == "gpt2":
-        parser.set_defaults(**GPT2, n_kv_head=args.n_head)
-        args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        # 2**63: the largest number that PyTorch takes; nan fails here as well
-        if isinstance(value, (int, float)) and not 0 <= value < 2**63:
-            sys.exit(f"error: --{name} {value}: give a number from 0 to 9e18")
-    if not args.resume:
+    if typed.warmup_iters is None:
+        # a short run should not be all warm-up
+        args.warmup_iters = min(args.warmup_iters, args.num_iterations // 10)
+    last = Path(args.output_dir, "last.pt")
+    if not (args.resume and last.exists()):
+        if args.resume and typed.output_dir and not (typed.model or typed.init_from):
+            sys.exit(f"error: {last} does not exist: to begin a run there, add --model and so on")
         return args, None
-    # a resumed run goes on with the flags that it was begun with
-    checkpoint = read_checkpoint(args.output_dir / "last.pt")
-    try:
-        saved = {name: checkpoint["args"][name] for name in FIXED + KEPT}
-        missing = {"step", "train_loss", "val_loss", "best_val_loss", "optimizer", "sequences"}
-        missing -= set(checkpoint)
-    except (KeyError, TypeError):
-        missing = {"args"}
-    if missing:
-        sys.exit(f"error: {args.output_dir}/last.pt lacks {sorted(missing)} and cannot be resumed: "
-                 f"give another --output_dir and no --resume")
-    parser.set_defaults(**saved)
+    # A resumed run goes on with the flags that it was begun with, where no others are typed. Free
+    # to change are the learning rate, weight decay, batch_size, what to see and keep, the machine.
+    # num_iterations changes the schedule, total_batch_size the place in the data, and seed its
+    # order. The model and the optimizer cannot change.
+    checkpoint = read_checkpoint(last)
+    parser.set_defaults(**checkpoint["args"] | {"output_dir": args.output_dir})
     args = parser.parse_args(argv)
-    for name in FIXED:
-        if getattr(args, name) != saved[name]:
-            sys.exit(f"error: {args.output_dir} was begun with --{name} {saved[name]} and cannot "
-                     f"go on with {getattr(args, name)}: give {saved[name]}, or begin a new run "
-                     f"in another --output_dir")
+    for name in "model", "arch", "recipe", "optimizer", "init_from":
+        if getattr(args, name) != checkpoint["args"][name]:
+            sys.exit(f"error: {last} was begun with --{name} {checkpoint['args'][name]}: leave the "
+                     f"flag out, or begin a new run in another --output_dir")
     if args.num_iterations < checkpoint["step"]:
-        sys.exit(f"error: {args.output_dir} is past --num_iterations {args.num_iterations}: its "
-                 f"last.pt has {checkpoint['step']} steps behind it; give more, or drop the flag")
+        sys.exit(f"error: {last} has {checkpoint['step']} steps behind it: a larger "
+                 f"--num_iterations than {args.num_iterations}")
     return args, checkpoint
 
-def keep_freed_memory():
-    """Linux: keeps freed memory for the next step, which saves a CPU a part of each step's time.
 
-    It has nothing to do with training. By default the C library gives large freed tensors back to
-    the system, and gets them anew in pieces of 4 kB. These are its settings M_MMAP_MAX and
-    M_TRIM_THRESHOLD.
-    """
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-4, 0)
-        ctypes.CDLL(None).mallopt(-1, -1)
+def differing_flags(args, others):
+    """The flags whose values are not those in the dictionary others, as one would type them."""
+    flags = []
+    for name, value in vars(args).items():
+        if value == others[name] or name == "resume":
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags += [f"--{name}", str(value)]
+    return shlex.join(flags)
 
-def pick_device(name=None):
+
+# -------------------------------------------------------------------------------------------------
+# 7. Training
+
+# First what a run stands on: the device, its memory and speed, the folder, and checkpoints.
+
+def print0(text):
+    """Prints, but in process 0 only: eight processes would say everything eight times."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        # a terminal that is gone, or a full disk behind it, is no reason to lose the run
+        with contextlib.suppress(OSError):
+            print(text, flush=True)
+
+
+def pick_device(name=None, local_rank=0):
     """The torch.device to run on: the one that is named, else the first of cuda, mps and cpu."""
-    there = ["cpu"]
-    if torch.backends.mps.is_available():
-        there.insert(0, "mps")
-    if torch.cuda.is_available():
-        there.insert(0, "cuda")
-    name = name or there[0]
-    if name not in there:
-        sys.exit(f"error: --device {name}: PyTorch sees none here; leave the flag out")
-    if name == "cuda":
-        return torch.device("cuda", ddp_local_rank)
-    if name == "cpu":
-        keep_freed_memory()
-    return torch.device(name)
+    if name is None:
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
+    gpus = torch.cuda.device_count()
+    if name == "cuda" and local_rank >= gpus:
+        sys.exit(f"error: {gpus} GPUs are here, and process {local_rank} would need one more: see "
+                 f"--nproc_per_node of torchrun, or --device cpu")
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
 
 def pick_autocast(dtype, device):
-    """Returns the dtype's name and a function that opens autocast.
+    """Returns the dtype's name, and a function that opens autocast.
 
-    dtype None means bf16 if the device is fast at it, else fp32. In a run in bf16 these are in
-        bf16, by autocast           linear layers
-        bf16, cast by HeadLoss      lm_head, and the gradient of the logits
-        bf16, as their input is     on a GPU q k^T and the mean of values; silu, gelu, adding to the
-                                    residual stream
-        bf16, cast by Muon          the products in orthogonalize()
-        fp32 inside, then bf16      RMSNorm, LayerNorm, RoPE's rotation, the softmax of attention;
-                                    all of attention on a CPU
-        fp32                        the lookups in wte and wpe; the log-softmax of the loss, and the
-                                    loss; the weights, their gradients and the optimizers' averages,
-                                    in which bf16 would round small updates away
+    dtype None means bf16 if the device has instructions for it, else fp32: without, bf16 is slow.
     """
+    native = False
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        # On Linux a processor lists what it can do: Intel and AMD say amx_bf16 or avx512_bf16, ARM
-        # says bf16. Without one of these bf16 is computed in software, which is slow.
-        cpuinfo = Path("/proc/cpuinfo")
-        flags = cpuinfo.read_text("utf-8").split() if cpuinfo.exists() else []
-        native = device.type == "cpu" and bool({"amx_bf16", "avx512_bf16", "bf16"} & set(flags))
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        # what they are called on processors of Intel, AMD and ARM
+        able = torch.cpu.get_capabilities()
+        native = any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
     if dtype is None:
         dtype = "bfloat16" if native else "float32"
     on = dtype == "bfloat16"
     return dtype, functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=on)
 
-def pick_batch_size(config, num_params, device, dtype, compiled, sequences):
+
+def pick_batch_size(args, device, dtype, compiled, sequences):
     """The most sequences at a time that fit the device, and that divide a process's `sequences`."""
     # on a CPU, enough tokens to keep it busy
-    max_tokens = 4096
+    fitting = 4096 // args.sequence_length
     if device.type == "cuda":
-        # 4 bytes each for a weight, its gradient and two averages; and 2 GB for CUDA itself
-        room = 0.9 * torch.cuda.get_device_properties(device).total_memory - 16 * num_params - 2e9
-        # The bytes that a block keeps of each token and channel for the backward pass, as counted
-        # in bf16. A compiled model keeps less, and computes some of it again.
-        per_channel = 45 if compiled else 65
-        if dtype == "float32":
-            per_channel *= 2
-        kept = per_channel * config.n_layer * config.n_embd
-        # HeadLoss has a token's logits in fp32 and in bf16, of HEAD_ROWS tokens and no more
-        logits = 6 * config.vocab_size
-        max_tokens = room / (kept + logits)
-        if max_tokens > HEAD_ROWS:
-            max_tokens = (room - HEAD_ROWS * logits) / kept
-        # 64 sequences of 1024 tokens keep any GPU of today busy
-        max_tokens = min(65536, max_tokens)
-    fitting = max(1, max_tokens // config.block_size)
-    return max(b for b in range(1, sequences + 1) if sequences % b == 0 and b <= fitting)
+        share = torch.cuda.get_device_properties(device).total_memory / 80e9
+        fitting = PRESETS[args.model]["fits"] * share * 1024 / args.sequence_length
+        # fp32 takes twice the memory, and so does a model that is not compiled
+        if dtype == "float32" or not compiled:
+            fitting /= 2
+    return max(n for n in range(1, sequences + 1) if sequences % n == 0 and n <= max(1, fitting))
 
-def rank0_first(make):
-    """Calls make() in process 0 first, which downloads or writes something, then in the others."""
-    if ddp_rank == 0:
-        result = make()
-    if world_size > 1:
-        dist.barrier()
-    if ddp_rank > 0:
-        result = make()
-    return result
 
-class Run:
-    """Everything that one process of a run holds. It is set up here, and then trained by train().
+def flops_per_token(model):
+    """Floating point operations to train on one token of a sequence as long as block_size.
 
-    Under torchrun each GPU has a process of its own, and each makes one of these. All have the same
-    weights and run the same code, each on its own part of every batch. They meet where gradients
-    and losses are averaged.
+    Forward, each weight takes a multiplication and an addition. Backward, it takes as many for the
+    gradient of the weight, and again for that of its input: 6 in all. (The tied table works as
+    lm_head; looking a row up costs nothing.) In each layer q k^T and the mean of values take 4 C T
+    more forward, 12 C T in all (PaLM, https://arxiv.org/abs/2204.02311, appendix B).
     """
+    c = model.config
+    num_weights = sum(p.numel() for name, p in model.named_parameters() if "wpe" not in name)
+    return 6 * num_weights + 12 * c.n_layer * c.n_embd * c.block_size
 
-    def __init__(self, args, argv, checkpoint):
-        self.args = args
-        self.signals = []  # numbers of those that asked us to stop
-        again = shlex.join([flag for flag in argv if flag != "--resume"] + ["--resume"])
-        self.go_on = f"python train_gpt2.py {again}"
-        if world_size > 1:
-            self.go_on = "the same torchrun command and --resume"
-        self.open_device()
-        self.open_data()
-        self.make_model(checkpoint)
-        self.split_step()
-        if ddp_rank == 0:
-            # `python train_gpt2.py` without a flag can be repeated: it moves an earlier run away
-            self.open_folder(set_aside=not argv)
-        self.prepare_training(checkpoint)
 
-    def open_device(self):
-        """Where to compute, in which precision, and how processes talk to each other."""
-        self.device = pick_device(self.args.device)
-        self.card = self.device.type
-        if self.device.type == "cuda":
-            self.card = torch.cuda.get_device_name(self.device)
-            torch.cuda.set_device(self.device)
-            # matrix products that stay fp32 may round their inputs to 10 bits (TF32), for speed
-            torch.set_float32_matmul_precision("high")
-        self.dtype, self.autocast = pick_autocast(self.args.dtype, self.device)
-        if world_size > 1:
-            # NCCL connects GPUs, gloo connects CPUs. A process waits an hour for the others before
-            # it gives up: process 0 may be writing a large checkpoint to a slow disk.
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
-        self.compiled = self.args.compile
-        if self.compiled is None:
-            self.compiled = self.device.type == "cuda"
+# How many operations a second a GPU can do in bf16, from its data sheet. MFU (model FLOPs
+# utilization) is the share of them that a run uses; 40 to 60 % is good.
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12}
+PEAK_FLOPS |= {"A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
 
-    def open_data(self):
-        """The shards to learn from, and those to validate on, which are never learned from."""
-        args = self.args
-        T = args.sequence_length
-        train_pattern = Path(args.input_bin or rank0_first(fineweb.stdlib_corpus))
-        if "_train_" not in train_pattern.name:
-            sys.exit(f"error: --input_bin {train_pattern}: give 'FOLDER/NAME_train_*.bin'; "
-                     f"NAME_val_*.bin beside them is for validation")
-        val_pattern = train_pattern.with_name(train_pattern.name.replace("_train_", "_val_"))
-        if T < 1 or args.val_tokens < T:
-            sys.exit("error: --sequence_length must be 1 or more, and --val_tokens at least that")
-        self.train_data = TokenLoader(str(train_pattern), T, args.seed)
-        self.val_data = TokenLoader(str(val_pattern), T)
-        if self.train_data.vocab_size != self.val_data.vocab_size:
-            sys.exit(f"error: {train_pattern} and {val_pattern} are of different vocabularies: "
-                     f"make both with fineweb.py")
-        wanted = [(self.train_data, args.total_batch_size // T), (self.val_data, 1)]
-        for data, needed in wanted:
-            if data.total < needed:
-                sys.exit(f"error: {data.paths[0]}: {data.total} sequences of {T} tokens, {needed} "
-                         f"are needed: give more shards, --total_batch_size {data.total * T} or "
-                         f"less, or a smaller --sequence_length")
-        self.num_val_sequences = min(args.val_tokens // T, self.val_data.total)
-        self.vocab_size = self.train_data.vocab_size
-        self.tokenizer = self.train_data.tokenizer
 
-    def make_model(self, checkpoint):
-        """The model: a new one, OpenAI's, or the checkpoint's."""
-        args = self.args
-        shape = {name: getattr(args, name) for name in asdict(GPTConfig()) if name in args}
-        try:
-            config = GPTConfig(
-                block_size=args.sequence_length, vocab_size=self.vocab_size, **shape
-            )
-        except ValueError as e:
-            sys.exit(f"error: {e}: see --n_layer, --n_embd, --n_head and --n_kv_head")
-        # every process draws the same random numbers, and so has the same weights
-        torch.manual_seed(args.seed)
-        if args.init_from and not checkpoint:
-            self.model = rank0_first(lambda: from_openai(args.init_from, config.block_size))
-            self.model.to(self.device)
-            if self.model.config != config:
-                sys.exit(f"error: --init_from {args.init_from}: drop the flags that change its "
-                         f"shape, and give data in GPT-2's vocabulary")
+def set_aside(folder):
+    """Moves the files of an earlier run in this folder to FOLDER.1, or the next that is free."""
+    earlier = [folder / name for name in ("main.log", "best.pt", "last.pt")]
+    earlier = [path for path in earlier if path.exists()]
+    # resolve: if the folder is a link to a larger disk, they stay on that disk
+    beside = folder.resolve()
+    number = 1
+    while os.path.lexists(f"{beside}.{number}"):
+        number += 1
+    for path in earlier:
+        os.renames(path, f"{beside}.{number}/{path.name}")
+    if earlier:
+        print(f"kept the earlier run in {folder} as {beside}.{number}", flush=True)
+
+
+def save_checkpoint(path, state):
+    """Writes state so that at any moment path holds one whole checkpoint, the old or the new one.
+
+    Returns whether it is the new one. If the disk is full, the old one stays and training goes on.
+    """
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        with open(tmp, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            # The bytes have to be on the disk before the name points at them, or a power cut in
+            # between would leave a name without a checkpoint.
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+        return True
+    except (OSError, RuntimeError) as e:  # torch makes a RuntimeError of some failed writes
+        tmp.unlink(missing_ok=True)
+        print0(f"WARNING: cannot write {path}, make room; what was there stays ({e})")
+        return False
+
+
+def read_checkpoint(path):
+    """What save_checkpoint() wrote, a dictionary. Ends the program if anything is wrong with it."""
+    try:
+        # A checkpoint is a zip archive, with a checksum for each file in it: a flipped bit shows.
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError("a checksum is wrong")
+        # weights_only: it holds data, and may come from anybody; never run code out of it.
+        # mmap: a weight is read when it is used, so a process does not hold all of it twice.
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        # do its weights fit its config? (The meta device knows shapes and holds no numbers.)
+        with torch.device("meta"):
+            expected = GPT(GPTConfig(**checkpoint["config"])).state_dict()
+        shapes = {name: w.shape for name, w in checkpoint["model"].items()}
+        if shapes != {name: w.shape for name, w in expected.items()}:
+            raise ValueError("its weights do not fit its config")
+        return checkpoint
+    except Exception as e:  # a dozen kinds, and all mean the same to the user
+        reason = str(e).split("\n")[0]
+        sys.exit(f"error: {path} is no checkpoint that can be used ({type(e).__name__}: "
+                 f"{reason}): take a best.pt or last.pt, as a run writes them")
+
+
+def load_model(name, device):
+    """A model and its tokenizer's name. name: a checkpoint's path, or one of OPENAI_MODELS."""
+    if name in OPENAI_MODELS:
+        return from_openai(name).to(device), "gpt2"
+    checkpoint = read_checkpoint(name)
+    model = GPT(GPTConfig(**checkpoint["config"])).to(device)
+    model.load_state_dict(checkpoint["model"])
+    return model, checkpoint["tokenizer"]
+
+
+# What a healthy run looks like. The loss begins near ln V, falls fast for some hundred steps and
+# then ever more slowly. It wobbles by a few percent from step to step, since each has another
+# batch. While the learning rate falls (with wsd that is the last 70 % of the run), the loss goes
+# on falling, and falls faster than it would at a constant rate. llm.c's GPT-2 124M has a
+# validation loss on FineWeb of 6.17 after 250 steps, 3.86 after 2,000, 3.39 after 10,000 and 3.27
+# at the end (its log of 2024-10-13, in the records of the speedrun), and ours should stay below
+# that. The norm (the length of all gradients as one vector) is a few units at first and settles
+# below 1.
+#     stays near ln V     Something is broken: try --overfit_single_batch, whose loss has to come
+#                         down to almost 0.
+#     jumps up, stays     The learning rate was too high, and the newest last.pt has the damage in
+#                         it. Begin again with half the rate, or go on with that from an older
+#                         last.pt, if you copied one now and then (cp last.pt older.pt; best.pt
+#                         lacks the optimizers' averages).
+#     nan                 The run ends by itself, before that is saved: last.pt is good.
+#
+# Before you leave a run of days alone: start it where it outlives your terminal (in tmux). By the
+# published speeds of similar code, d12 takes one H100 8 hours and d24 21; nobody has tried it with
+# this file. FineWeb's sample takes 21 GB, last.pt up to 12 bytes for each weight and best.pt 4, and
+# while one is written its old version exists as well. After a crash no more is lost than the steps
+# since the last validation; --resume goes on. Without --resume a new run begins, and what the
+# earlier one left is moved aside.
+
+def train(args, checkpoint, at_end):
+    """One run, from the first line on the screen to the last. Returns the exit code.
+
+    checkpoint: what to go on from, or None. at_end, a contextlib.ExitStack: what has to be undone
+    when the run is over, however it ends.
+    """
+    start_time = time.time()
+
+    # ---- Where it runs. With several GPUs each has a process of its own: torchrun starts them, all
+    # with this same file, and tells each its number among all, its number on this machine (and so
+    # its GPU), and how many there are. DDP (distributed data parallel) is how they train together.
+    # Each has a copy of the model and its own part of the batch, and then the gradients of all are
+    # averaged, so that every copy takes the same step.
+    rank, local_rank, world_size = 0, 0, 1
+    names = "RANK", "LOCAL_RANK", "WORLD_SIZE"
+    if dist.is_torchelastic_launched() and all(name in os.environ for name in names):
+        rank, local_rank, world_size = (int(os.environ[name]) for name in names)
+    elif any(name in os.environ for name in names):
+        # Left over from something else. To wait for other processes would be to wait forever.
+        print(f"NOTE: {' or '.join(names)} is set, but not by torchrun: training alone")
+    device = pick_device(args.device, local_rank)
+    dtype, autocast = pick_autocast(args.dtype, device)
+    card = device.type
+    if device.type == "cuda":
+        card = torch.cuda.get_device_name(device)
+        torch.cuda.set_device(device)
+        # TF32 for the matrix products that are still fp32: see section 1
+        torch.set_float32_matmul_precision("high")
+    if world_size > 1:
+        # NCCL connects GPUs, gloo connects CPUs. A process waits an hour for the others before it
+        # gives up: process 0 may be writing a large checkpoint to a slow disk.
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        hour = datetime.timedelta(hours=1)
+        dist.init_process_group(backend, timeout=hour, device_id=device_id)
+    compiled = args.compile
+    if compiled is None:
+        compiled = device.type == "cuda"
+        if compiled and importlib.util.find_spec("triton") is None:
+            compiled = False
+            print0("NOTE: not compiled, because the package triton is missing")
+
+    # ---- The data: shards to learn from, and others to validate on, which are never learned from.
+    T = args.sequence_length
+    train_pattern = args.input_bin or fineweb.stdlib_corpus()
+    folder_and_name = train_pattern.rpartition("_train_")[0]
+    train_data = TokenLoader(train_pattern, T, args.seed)
+    val_data = TokenLoader(f"{folder_and_name}_val_*.bin", T)
+    for data, needed in (train_data, args.total_batch_size // T), (val_data, 1):
+        if data.total < needed:
+            sys.exit(f"error: {data.paths[0]}: {data.total} sequences of {T} tokens, {needed} are "
+                     f"needed: a smaller --total_batch_size or --sequence_length, or more text")
+    num_val_sequences = max(1, min(args.val_tokens // T, val_data.total))
+
+    # ---- The model: a new one, OpenAI's, or the checkpoint's.
+    shape = {name: getattr(args, name) for name in asdict(GPTConfig()) if name in args}
+    try:
+        config = GPTConfig(block_size=T, vocab_size=train_data.vocab_size, **shape)
+    except ValueError as e:
+        sys.exit(f"error: {e}")
+    # every process draws the same random numbers, and so has the same weights
+    torch.manual_seed(args.seed)
+    # made where it will live: a CPU is slow at 1.6 billion random numbers
+    with device:
+        model = GPT(config)
+    trained_as = config
+    if checkpoint:
+        trained_as = GPTConfig(**checkpoint["config"])
+    elif args.init_from:
+        model = from_openai(args.init_from, T).to(device)
+        trained_as = model.config
+    if trained_as != config:
+        sys.exit(f"error: the weights are those of a {trained_as}, and flags and data ask for a "
+                 f"{config}: change these, or begin a new run")
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+    num_params = sum(p.numel() for p in model.parameters())
+    flops = flops_per_token(model)
+
+    # ---- A step in pieces. Its batch, half a million tokens for d12, does not fit a GPU at once.
+    # So it is cut into micro-batches that do, and they run one after the other.
+    unit = (args.batch_size or 1) * T * world_size
+    if args.total_batch_size % unit or args.total_batch_size == 0:
+        sys.exit(f"error: --total_batch_size {args.total_batch_size} must be a multiple of {unit}, "
+                 f"which is --batch_size x --sequence_length x processes")
+    sequences = args.total_batch_size // T // world_size
+    batch_size = args.batch_size or pick_batch_size(args, device, dtype, compiled, sequences)
+    grad_accum_steps = sequences // batch_size
+
+    how = f"{dtype}, compiled" if compiled else dtype
+    print0(f"model {args.model}: {config.n_layer} layers, {config.n_head} heads "
+           f"({config.n_kv_head} key/value), {config.n_embd} wide | {num_params:,} parameters | "
+           f"{flops / 1e6:,.1f} MFLOP a token\n"
+           f"device {card}, {how} | {args.total_batch_size:,} tokens a step = {batch_size} "
+           f"sequences x {T} tokens x {grad_accum_steps} micro-batches x {world_size} processes\n"
+           f"data {Path(train_data.paths[0]).parent}: {train_data.total * T:,} tokens an epoch, "
+           f"{args.num_iterations * args.total_batch_size:,} in this run")
+
+    # ---- The optimizers, and where the run stands.
+    optimizers = make_optimizers(model, args, dtype)
+    first_step = 0  # how many updates the weights have had
+    val_loss = math.inf
+    best_val_loss = math.inf
+    # which text is validated on: losses on different texts cannot be compared
+    val_names = [Path(path).name for path in val_data.paths]
+    val_text = [num_val_sequences, T, val_data.total, val_names]
+    if checkpoint:
+        for optimizer, stored in zip(optimizers, checkpoint["optimizer"], strict=True):
+            # Only the averages: the settings, such as weight decay, are those of the flags. And a
+            # copy: what torch.load() mapped is the file itself, which will be replaced.
+            averages = copy.deepcopy(stored["state"])
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": averages})
+        first_step = checkpoint["step"]
+        val_loss = checkpoint["val_loss"]
+        print0(f"resuming {args.output_dir} at step {first_step}")
+        changed = differing_flags(args, vars(args) | checkpoint["args"])
+        if changed:
+            print0(f"NOTE: now with {changed} | lr of the next step {get_lr(first_step, args):.2e}")
+        if checkpoint["val_text"] == val_text:
+            best_val_loss = checkpoint["best_val_loss"]
         else:
-            # made where it will live: a CPU is slow at 1.6 billion random numbers
-            with self.device:
-                self.model = GPT(config)
-        if checkpoint:
-            self.model.load_state_dict(checkpoint["model"])
-        self.num_params, blocks = self.model.num_params()
-        self.flops_per_token = self.model.flops_per_token(args.sequence_length)
-        print0(f"model {args.model}: {config.n_layer} layers, {config.n_head} heads "
-               f"({config.n_kv_head} key/value), {config.n_embd} wide | {self.num_params:,} "
-               f"parameters, {blocks:,} without embeddings | "
-               f"{self.flops_per_token / 1e6:,.1f} MFLOP a token")
+            print0("NOTE: other validation text than before: the lowest loss so far does not count")
+        # its weights are in the model now: let go of the file
+        checkpoint.clear()
+    elif args.resume:
+        print0(f"{args.output_dir} has no last.pt to resume from: a new run begins")
 
-    def split_step(self):
-        """A step's tokens do not fit a GPU at once. This cuts them into micro-batches that do."""
-        args = self.args
-        T = args.sequence_length
-        total = args.total_batch_size
-        # what all processes together do at a time
-        unit = (args.batch_size or 1) * T * world_size
-        if total % unit or total == 0:
-            lower = max(1, total // unit) * unit
-            sys.exit(f"error: --total_batch_size {total} is no multiple of {unit} = batch_size "
-                     f"{args.batch_size or 1} x sequence_length {T} x {world_size} processes: "
-                     f"give {lower} or {lower + unit}")
-        sequences = total // T // world_size
-        self.batch_size = args.batch_size or pick_batch_size(
-            self.model.config, self.num_params, self.device, self.dtype, self.compiled, sequences
-        )
-        self.grad_accum_steps = sequences // self.batch_size
-        compiled = ", compiled" if self.compiled else ""
-        print0(f"device {self.card}, {self.dtype}{compiled} | {total:,} tokens a step = "
-               f"{self.batch_size} sequences x {T} tokens x {self.grad_accum_steps} micro-batches "
-               f"x {world_size} processes\n"
-               f"data {Path(self.train_data.paths[0]).parent}: {self.train_data.total * T:,} "
-               f"tokens an epoch, {args.num_iterations * total:,} in this run")
-
-    def open_folder(self, set_aside):
-        """Makes output_dir and locks it. A run that is there is never written over."""
-        folder = self.args.output_dir
+    # ---- The folder. While we hold the lock no second run can write here.
+    folder = Path(args.output_dir)
+    if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        # While we hold this lock no second run can write here. The end of the process releases it.
-        self.lock = filelock.FileLock(folder / ".lock")
         try:
-            self.lock.acquire(timeout=0)
+            at_end.enter_context(filelock.FileLock(folder / ".lock").acquire(timeout=0))
         except filelock.Timeout:
-            sys.exit(f"error: a run is at work in {folder}: give another --output_dir, or wait")
-        earlier = [name for name in ("last.pt", "best.pt") if (folder / name).exists()]
-        if earlier and not self.args.resume:
-            if not set_aside:
-                advice = "add --resume to go on with it, or " if "last.pt" in earlier else ""
-                sys.exit(f"error: {folder} holds {earlier[0]} of a run: {advice}give another "
-                         f"--output_dir")
-            # keep the earlier run under the next free name, and make the folder anew
-            self.lock.release()
-            number = 1
-            while Path(f"{folder}.{number}").exists():
-                number += 1
-            folder.rename(f"{folder}.{number}")
-            print(f"kept the earlier run as {folder}.{number}", flush=True)
-            return self.open_folder(set_aside=False)
-        # one last.pt takes 4 bytes for each weight and for at most two averages of its gradient
-        missing = 12 * self.num_params - shutil.disk_usage(folder).free
-        if missing > 0:
-            sys.exit(f"error: {folder}: a checkpoint takes {missing / 1e9:.2f} GB more than is "
-                     f"free on its disk: make room, or give another --output_dir")
+            sys.exit(f"error: a run is at work in {folder}: choose another --output_dir, or wait")
+        if checkpoint is None:
+            set_aside(folder)
 
-    def prepare_training(self, checkpoint):
-        """The optimizers, where the run stands, and the forms of the model that train."""
-        self.optimizers = make_optimizers(self.model, self.args, self.dtype)
-        self.step = 0  # how many updates the weights have had
-        self.train_loss = math.inf
-        self.val_loss = math.inf
-        self.best_val_loss = math.inf
-        self.new_best = False  # the newest validation loss is the lowest, and not yet saved
-        if checkpoint:
-            try:
-                for optimizer, state in zip(self.optimizers, checkpoint["optimizer"], strict=True):
-                    # a copy: training must not write into the file that torch.load() mapped
-                    optimizer.load_state_dict(copy.deepcopy(state))
-            except (KeyError, ValueError) as e:
-                sys.exit(f"error: the optimizer in {self.args.output_dir}/last.pt does not fit "
-                         f"({e}): give another --output_dir and no --resume")
-            self.step = checkpoint["step"]
-            self.train_loss = checkpoint["train_loss"]
-            self.val_loss = checkpoint["val_loss"]
-            self.best_val_loss = checkpoint["best_val_loss"]
-            print0(f"resuming {self.args.output_dir} at step {self.step}")
-            if checkpoint["sequences"] != self.train_data.total:
-                print0("NOTE: there is more or less data than before: it comes in another order")
-        # The same weights in three forms: model; fast_model, compiled if that is wanted; ddp_model,
-        # which also averages gradients over processes, if there are several.
-        self.fast_model = self.model
-        if self.compiled:
-            # torch.compile reads the model's Python and writes kernels that do several operations
-            # at once, so that results in between need not go to the GPU's memory and back. It does
-            # so at the first call, which takes a minute. dynamic=False: for exactly one shape.
-            self.fast_model = torch.compile(self.model, dynamic=False)
-        else:
-            self.say_how_long()
-        self.ddp_model = self.fast_model
-        if world_size > 1:
-            # DDP, distributed data parallel, copies gradients into large buffers, the buckets, and
-            # sends those. With this flag p.grad is a view of its bucket, and not a second copy.
-            self.ddp_model = nn.parallel.DistributedDataParallel(
-                self.fast_model, gradient_as_bucket_view=True
-            )
+    # ---- From here on Ctrl-C and a scheduler's SIGTERM only ask the run to stop. It does so after
+    # the step, and saves: see the end of the loop.
+    signals = []  # the numbers of those that came
 
-    def say_how_long(self):
-        """Runs one micro-batch, only to tell a person with a slow machine what to expect."""
-        start = time.time()
-        x, y = self.micro_batch(0)
-        with self.autocast():
-            loss = self.model(x, y)
-        loss.backward()
-        # forget these gradients: this was no step
-        self.model.zero_grad()
-        minutes = (time.time() - start) / 60
-        # the backward pass is two thirds of the work, and validation has none
-        batches = self.num_val_sequences / self.batch_size / world_size
-        validation = minutes / 3 * batches
-        if minutes * self.grad_accum_steps + validation > 1:
-            print0(f"NOTE: here a step takes about {minutes * self.grad_accum_steps:.1f} minutes "
-                   f"and a validation {validation:.1f}; --total_batch_size, --val_tokens and "
-                   f"--sequence_length make them shorter")
+    def on_signal(number, frame):
+        signals.append(number)
+        if number == signal.SIGINT:
+            # a second Ctrl-C does what it usually does: it ends the program at once
+            signal.signal(number, usual_handlers[number])
+        # not print(): the signal may have come in the middle of another print()
+        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
-    def micro_batch(self, number):
+    usual_handlers = {}
+    for number in signal.SIGINT, signal.SIGTERM:
+        usual_handlers[number] = signal.signal(number, on_signal)
+        at_end.callback(signal.signal, number, usual_handlers[number])
+
+    # ---- The model in three forms, with the same weights: model; fast_model, compiled if that is
+    # wanted; ddp_model, which also averages gradients over processes, if there are several.
+    fast_model = model
+    if compiled:
+        # torch.compile reads the model's Python and writes kernels that do several operations at
+        # once, so that results in between need not go to the GPU's memory and back. It does so at
+        # the first call, which takes a minute. dynamic=False: for exactly one shape.
+        fast_model = torch.compile(model, dynamic=False)
+    ddp_model = fast_model
+    if world_size > 1:
+        # DDP collects gradients in large buffers and sends those. With this flag p.grad is a part
+        # of its buffer, and no second copy.
+        ddp_model = nn.parallel.DistributedDataParallel(fast_model, gradient_as_bucket_view=True)
+
+    # ---- What the loop uses.
+    def micro_batch(number):
         """x and y, (batch_size, T) each: this process's part of the run's micro-batch `number`."""
-        if self.args.overfit_single_batch:
-            number %= self.grad_accum_steps
-        first = (number * world_size + ddp_rank) * self.batch_size
-        return self.train_data.batch(first, self.batch_size, self.device)
+        if args.overfit_single_batch:
+            # those of the first step, again and again
+            number %= grad_accum_steps
+        first = (number * world_size + rank) * batch_size
+        return train_data.batch(first, batch_size, device)
 
-    def due(self, every):
-        """Whether something that is done every so many steps, and after the last, is due now."""
-        last_step = self.step == self.args.num_iterations
-        return every > 0 and (self.step % every == 0 or last_step)
-
-    def report(self, text, line):
-        """Prints text, and writes line to main.log in llm.c's form.
+    def log(line):
+        """Writes a line to main.log, in llm.c's form.
 
         s is the step, trl the training loss, tel the validation loss, eval HellaSwag's score.
         """
-        print0(text)
-        if ddp_rank > 0:
+        if rank > 0:
             return
         try:
-            with open(self.args.output_dir / "main.log", "a", encoding="utf-8") as f:
+            with open(folder / "main.log", "a", encoding="utf-8") as f:
                 f.write(line + "\n")
         except OSError as e:  # a full disk is no reason to lose the run
-            print(f"WARNING: cannot write main.log ({e})", flush=True)
+            print0(f"WARNING: cannot write main.log ({e})")
 
-    def validate(self):
-        """The mean loss on text that is not learned from."""
-        self.val_loss = evaluate(
-            self.fast_model, self.model, self.val_data, self.num_val_sequences, self.batch_size,
-            self.device, self.autocast, on_batch=self.check_signals,
-        )
-        self.report(f"step {self.step:5d}/{self.args.num_iterations} | "
-                    f"val loss {self.val_loss:.6f}", f"s:{self.step} tel:{self.val_loss:.6f}")
-        if not math.isfinite(self.val_loss):
+    def check(step, name, value):
+        """Ends the run if value is nan or infinite: no later step repairs that."""
+        if not math.isfinite(value):
+            sys.exit(f"error: the {name} of step {step} is {value}: go on from {folder}/last.pt if "
+                     f"it exists, with a lower --learning_rate")
+
+    # the speed of this card, if it is in the table: the first name that occurs in the card's counts
+    peak = next((PEAK_FLOPS[name] for name in PEAK_FLOPS if name in card), None)
+    items = []
+    if args.hellaswag_every:
+        # with 8 processes, each asks every eighth question
+        encode, _ = load_tokenizer(train_data.tokenizer)
+        for question in hellaswag.load_questions()[rank::world_size]:
+            items.append(hellaswag.encode_question(question, encode, T))
+
+    # What is this a run of? Its flags, where they are not the preset's. (llm.c's plots want a
+    # number after the second colon, so: how many words follow.)
+    usual, _ = parse_args(["--model", args.model])
+    flags = differing_flags(args, vars(usual))
+    print0(f"flags that differ from the defaults of {args.model}: {flags or 'none'}")
+    log(f"s:{first_step} flags:{len(flags.split())} {flags}")
+
+    # ---- The training loop.
+    stop = False  # Ctrl-C or SIGTERM came: the end of a step sets it, the next round saves and ends
+    seconds = []  # how long each step took since the last line that was printed
+    # micro-batches are numbered through the whole run: this is first_step's first one
+    x, y = micro_batch(first_step * grad_accum_steps)
+    # One round more than there are steps: it only looks at the final weights and saves them.
+    for step in range(first_step, args.num_iterations + 1):
+        last = step == args.num_iterations
+
+        # Once in a while: how good is the model on text that it does not learn from? This stands at
+        # the top of the loop, where the weights have had exactly `step` updates. So step 0 shows an
+        # untrained model, whose loss should be about ln V, and the last round shows the final one.
+        # (But a run that has to stop saves at once.)
+        stop = stop and not last  # after its last step a run is done, and not stopped
+        due = args.val_loss_every > 0 and (step % args.val_loss_every == 0 or last) and not stop
+        if due:
+            val_loss = evaluate(fast_model, val_data, num_val_sequences, batch_size, autocast,
+                                rank, world_size)
+            print0(f"step {step:5d}/{args.num_iterations} | val loss {val_loss:.6f}")
+            log(f"s:{step} tel:{val_loss:.6f}")
             # before it is saved over the last good state
-            sys.exit(f"error: after {self.step} steps the validation loss is {self.val_loss}: go "
-                     f"on from {self.args.output_dir}/last.pt if there is one, with a lower rate")
-        # the untrained model is never the best
-        self.new_best = self.val_loss < self.best_val_loss and self.step > 0
-        if self.new_best:
-            self.best_val_loss = self.val_loss
+            check(step, "validation loss", val_loss)
 
-    def open_hellaswag(self):
-        """Downloads the questions. With 8 processes, each answers every eighth of them."""
-        encode, _ = load_tokenizer(self.tokenizer)
-        questions = rank0_first(hellaswag.load_questions)[ddp_rank::world_size]
-        T = self.args.sequence_length
-        self.quiz = [hellaswag.encode_question(q, encode, T) for q in questions]
+        # And HellaSwag, a benchmark of questions with four answers to choose from.
+        if args.hellaswag_every > 0 and (step % args.hellaswag_every == 0 or last) and not stop:
+            score = score_hellaswag(model, items, autocast)
+            print0(f"step {step:5d}/{args.num_iterations} | HellaSwag {score:.6f}")
+            log(f"s:{step} eval:{score:.6f}")
 
-    def score_hellaswag(self):
-        """The share of questions answered right (acc_norm, see hellaswag.py)."""
-        logp = hellaswag.log_probs(self.model, self.quiz, self.autocast, self.check_signals)
-        _, right = hellaswag.right_answers(logp, self.quiz)
-        right, asked = all_sum([right, len(self.quiz)], self.device)
-        self.report(f"step {self.step:5d}/{self.args.num_iterations} | "
-                    f"HellaSwag {right / asked:.6f}", f"s:{self.step} eval:{right / asked:.6f}")
+        # Save, so that a crash costs little: best.pt, the weights with the lowest validation loss,
+        # and last.pt, all that a resumed run needs. That is the weights, the optimizers' averages
+        # and the step: which data comes next and what samples look like follows from the seed and
+        # the step.
+        is_best = due and step > 0 and val_loss < best_val_loss
+        is_new = due and step > first_step  # and not what was just loaded
+        saved = True
+        if rank == 0 and (is_best or is_new or last or stop):
+            state = {"config": asdict(config), "model": model.state_dict(), "step": step}
+            state |= {"tokenizer": train_data.tokenizer, "val_loss": val_loss}
+            # without the averages, which are as large and only serve to go on training
+            if is_best and save_checkpoint(folder / "best.pt", state):
+                best_val_loss = val_loss
+            state |= {"optimizer": [optimizer.state_dict() for optimizer in optimizers]}
+            state |= {"best_val_loss": best_val_loss, "val_text": val_text, "args": vars(args)}
+            saved = save_checkpoint(folder / "last.pt", state)
 
-    def sample(self):
-        """Shows what the model writes."""
-        if ddp_rank > 0:
-            return
-        print(f"--- a sample after {self.step} steps", flush=True)
-        try:
-            print_sample(self.model, self.tokenizer, self.args.prompt, self.args.seed + self.step)
-        except SystemExit as e:  # offline and without GPT-2's vocabulary: no reason not to train
-            print(f"no sample: {e}")
-        print("---", flush=True)
+        # Read what it writes. No loss tells that it only repeats itself.
+        if due and rank == 0:
+            print0(f"--- a sample after {step} steps")
+            try:
+                print_sample(model, train_data.tokenizer, args.prompt, args.seed + step,
+                             args.max_new_tokens, temperature=args.temperature, top_k=args.top_k)
+            except OSError as e:  # GPT-2's vocabulary cannot be loaded: no reason not to train
+                print0(f"no sample: {e}")
+            print0("---")
+        if last or stop:
+            break
 
-    def save(self):
-        """Writes last.pt, and best.pt if the validation loss is the lowest. Returns success.
+        # Forward and backward. The micro-batches run one after the other, and their gradients add
+        # up in p.grad.
+        t0 = time.time()
+        loss_sum = torch.zeros((), device=device)
+        for micro_step in range(grad_accum_steps):
+            # Under DDP, backward() also averages gradients over processes. That is needed once a
+            # step, in the last micro-batch; until then each process adds up its own.
+            if world_size > 1:
+                ddp_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+            # autocast runs matrix products in bf16
+            with autocast():
+                loss = ddp_model(x, y)
+            # backward() adds to p.grad, and what we want is the mean over the micro-batches.
+            # Without this division the gradient of 16 would be 16 times too long. The optimizers
+            # ignore a factor that all steps share, but clipping, below, would then cut every step
+            # to the same length, and not only the unusual ones.
+            loss = loss / grad_accum_steps
+            # detach() takes the number, without the graph of operations that made it
+            loss_sum += loss.detach()
+            # Python runs ahead of a GPU, which works through a queue of kernels. So the next batch
+            # is made while the GPU is at work on this one. (After the last micro-batch it is the
+            # first one of the next step.)
+            x, y = micro_batch(step * grad_accum_steps + micro_step + 1)
+            loss.backward()
 
-        Weights, the optimizers' averages and the step are all that a resumed run needs: there is
-        no dropout, and which data comes next and what samples look like follows from the seed and
-        the step.
-        """
-        if ddp_rank > 0:
-            return True
-        folder = self.args.output_dir
-        state = {"config": asdict(self.model.config), "model": self.model.state_dict()}
-        state |= {"tokenizer": self.tokenizer, "step": self.step, "val_loss": self.val_loss}
-        if self.new_best:
-            # without the optimizer's averages, which are as large and only serve to go on training
-            save_checkpoint(folder / "best.pt", state)
-            self.new_best = False
-        state |= {"optimizer": [optimizer.state_dict() for optimizer in self.optimizers]}
-        state |= {"train_loss": self.train_loss, "best_val_loss": self.best_val_loss}
-        state |= {"args": {name: getattr(self.args, name) for name in FIXED + KEPT}}
-        state |= {"sequences": self.train_data.total}
-        return save_checkpoint(folder / "last.pt", state)
+        # Clip: if the gradients of all weights, taken as one long vector, are longer than 1, scale
+        # them to length 1. Why? One unusual batch (a page of digits, say) can have a gradient a
+        # hundred times as long as others. It would fill the averages of both optimizers, and for
+        # ten or twenty steps the weights would move along it, away from what was learned. (To cut
+        # every step would do harm, too: a batch with little to learn from would move the averages
+        # as much as one with a lot.) norm is the length before clipping.
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        lr = get_lr(step, args)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            # Set the gradients back to 0, or the next ones would be added to them. Write zeros and
+            # do not delete them (set_to_none): DDP sends the memory that they are in.
+            optimizer.zero_grad(set_to_none=False)
 
-    def catch_signals(self):
-        """From now on Ctrl-C, a scheduler's SIGTERM and a closed terminal only ask the run to stop.
+        # .item() waits until the GPU has done all of this. Before it, the clock would only show how
+        # long it takes to order the work. It waits once a step, and not in the loop above.
+        train_loss = loss_sum.item() / world_size
+        # The sum over processes of loss / world_size is the mean loss. In the same message go the
+        # signals (Ctrl-C and the like): if one process was asked to stop, all learn it here.
+        train_loss, num_signals = all_sum([train_loss, len(signals)], device)
+        stop = num_signals > 0
+        seconds.append(time.time() - t0)
+        check(step, "loss", train_loss)
+        check(step, "gradient norm", norm.item())
 
-        It stops at the next check_signals(), after a micro-batch or a batch of validation. The
-        weights are as the last whole step left them; the gradients of the unfinished step are
-        thrown away. Then train_command() saves the weights, and a resumed run does that step from
-        its beginning.
-        """
-        def on_signal(number, frame):
-            self.signals.append(number)
-            if number == signal.SIGINT:
-                # a second Ctrl-C ends the program at once
-                signal.signal(signal.SIGINT, signal.SIG_DFL)
-            # not print(): the signal may have come in the middle of another print()
-            os.write(2, b"\nstopping at the next safe point; Ctrl-C again stops at once\n")
+        # Say how it goes. The first step is slow, so the time that is left is counted without it.
+        left = ""
+        if step == first_step:
+            first_step_done = time.time()
+            print0(f"first step done {first_step_done - start_time:.1f} s after the start")
+        else:
+            seconds_a_step = (time.time() - first_step_done) / (step - first_step)
+            left = f" | {seconds_a_step * (args.num_iterations - step - 1) / 60:.1f} min left"
+        if step % args.log_every == 0 or step == args.num_iterations - 1:
+            mean = sum(seconds) / len(seconds)
+            seconds = []
+            tokens_per_second = args.total_batch_size / mean
+            mfu = ""
+            if peak:
+                mfu = f" | MFU {tokens_per_second * flops / world_size / peak:.1%}"
+            print0(f"step {step:5d}/{args.num_iterations} | loss {train_loss:.6f} | lr {lr:.2e} | "
+                   f"norm {norm:.4f} | {1000 * mean:.1f} ms | {tokens_per_second:,.0f} tok/s"
+                   f"{mfu}{left}")
+            log(f"s:{step} trl:{train_loss:.6f} lr:{lr:.2e} norm:{norm:.4f} ms:{1000 * mean:.1f}")
 
-        for name in "SIGINT", "SIGTERM", "SIGHUP":
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            # nohup makes a program ignore SIGHUP, and that has to stay so
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, on_signal)
-
-    def check_signals(self, *progress):
-        """Stops here if somebody asked for it. (Several processes agree on it at a step's end.)
-
-        hellaswag.py also passes how far it has come, which is not needed here.
-        """
-        if self.signals and world_size == 1:
-            raise Stopped
-
-    def report_step(self, norm, lr, seconds, minutes_left):
-        """The line about the last step. seconds: how long each step took since the line before."""
-        step = self.step - 1  # it has been counted already
-        mean = sum(seconds) / len(seconds)
-        tokens_per_second = self.args.total_batch_size / mean
-        text = (f"step {step:5d}/{self.args.num_iterations} | loss {self.train_loss:.6f} | "
-                f"lr {lr:.2e} | norm {norm:.4f} | {1000 * mean:.1f} ms | "
-                f"{tokens_per_second:,.0f} tok/s")
-        peak = next((PEAK_FLOPS[name] for name in PEAK_FLOPS if name in self.card), None)
-        if peak:
-            text += f" | MFU {tokens_per_second * self.flops_per_token / world_size / peak:.1%}"
-        if minutes_left is not None:
-            text += f" | {minutes_left:.1f} min left"
-        self.report(text, f"s:{step} trl:{self.train_loss:.6f} lr:{lr:.2e} norm:{norm:.4f} "
-                          f"ms:{1000 * mean:.1f}")
-
-def train_command(run):
-    """Trains a run to the end, or until it is stopped. Returns the exit code."""
-    args = run.args
-    run.catch_signals()
-    try:
-        if args.hellaswag_every:
-            run.open_hellaswag()
-        train(run)
-    except Stopped:
-        if run.save():
-            print0(f"stopped, {args.output_dir}/last.pt is written. To go on: {run.go_on}")
+    # ---- The end: say where everything is, and what to type next.
+    launch = "python train_gpt2.py" if world_size == 1 else "the same torchrun command with"
+    again = f"{launch} --resume --output_dir {shlex.quote(args.output_dir)}"
+    if not saved:
+        sys.exit(f"error: the steps since last.pt are lost: make room on the disk, then {again}")
+    best = folder / "last.pt"
+    exit_code = 0
+    if stop:
+        print0(f"stopped after {step} steps, and all is saved in {best} (whatever torchrun says "
+               f"below). To go on:\n    {again}")
         # a program that a signal ended has the exit code 128 + the signal's number
-        return 128 + (run.signals or [signal.SIGTERM])[0]
-    if not run.save():
-        sys.exit(f"error: the final weights are not saved: make room, then {run.go_on}")
-    if run.device.type == "cuda":
-        print0(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    best = args.output_dir / "last.pt"
-    print0(f"done in {time.time() - START:.0f} s. Newest state: {best}")
-    # there is none if the run never validated
-    if (args.output_dir / "best.pt").exists():
-        best = args.output_dir / "best.pt"
-        print0(f"Lowest validation loss, {run.best_val_loss:.4f}: {best}")
-    print0(f"Next:\n    python train_gpt2.py --sample {best}")
-    if run.tokenizer == "gpt2":
-        print0(f"    python hellaswag.py -m {best}")
+        exit_code = 128 + (signals or [signal.SIGTERM])[0]
     else:
-        print0("    python fineweb.py --shards 10\n    python train_gpt2.py --model d12")
-    return 0
-
-def sample_command(args):
-    """Lets a checkpoint, or one of OpenAI's models, write. Returns the exit code."""
-    model, tokenizer = load_model(args.sample, pick_device(args.device))
-    print_sample(model, tokenizer, args.prompt, args.seed)
-    return 0
-
-def main(argv):
-    """Does what the command line asks for. Returns the exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # a character that the terminal cannot show must not end the run: it becomes a "?"
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        args, checkpoint = parse_args(argv)
-        if args.export:
-            return export(*args.export)
-        # an empty name (of a shell's variable that is not set, say) is a mistake, and no training
-        if args.sample is not None:
-            return sample_command(args)
-        run = Run(args, argv, checkpoint)
-        # its weights are in the model now: let go of the file
-        del checkpoint
-        code = train_command(run)
-    # the rest makes one line of what can go wrong, and is not needed to understand training
-    except BrokenPipeError:
-        # the program that reads our output has ended (head -1, for example): end as well
-        sys.stdout = open(os.devnull, "w")
-        return 1
-    except OSError as e:  # no permission, no space, a disk that is gone
-        sys.exit(f"error: {e}: mend that, or see --output_dir and --input_bin")
-    except Exception as e:
-        reason = str(e).split("\n")[0][:200]
-        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate" in reason:
-            sys.exit("error: out of memory: give a smaller --batch_size or --sequence_length")
-        if "probability tensor contains" in reason:
-            sys.exit("error: the model's scores are no numbers (nan): take an earlier checkpoint")
-        if type(e).__module__.startswith(("torch._inductor", "torch._dynamo", "triton")):
-            sys.exit(f"error: torch.compile does not work here ({reason}): give --no-compile")
-        if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
-            raise
-        print(f"error: another process ended ({reason}): start all with --resume", file=sys.stderr)
-        # at once: an ordinary exit would wait for the process that is gone
-        os._exit(1)
-    if dist.is_initialized():
-        # DDP's reference cycles keep threads alive that would abort a program that is ending
-        gc.collect()
+        print0(f"done in {time.time() - start_time:.0f} s. Newest weights: {best}")
+        if device.type == "cuda":
+            print0(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        if math.isfinite(best_val_loss):
+            best = folder / "best.pt"
+            print0(f"Lowest validation loss, {best_val_loss:.4f}: {best}")
+        print0(f"Next:\n    python train_gpt2.py --sample {shlex.quote(str(best))}")
+        if train_data.tokenizer == "gpt2":
+            print0(f"    python hellaswag.py -m {shlex.quote(str(best))}")
+        elif args.model == "tiny":
+            print0("or, for a larger model on a GPU, real text; this says what to type after it:\n"
+                   "    python fineweb.py --shards 10")
+    if world_size > 1:
         dist.destroy_process_group()
-    return code
+    return exit_code
+
 
 # -------------------------------------------------------------------------------------------------
-# 8. The bridge to transformers
+# 8. To and from Hugging Face
 
-# Many programs read models the way Hugging Face's transformers library writes them. Here OpenAI's
-# weights come in, and ours go out. (You can skip this: it teaches nothing about training.) The
-# numbers stay what they are; names and layout change.
+# This has nothing to do with training: you can stop here. Many programs read models in the form of
+# Hugging Face's transformers library. Here OpenAI's weights come in, and ours go out. The numbers
+# stay what they are; only names and layout change.
 
-# What to put in the place of which part of our names, to get GPT-2's names ...
-GPT2_NAMES = {"transformer.": "", "c_q.": "c_attn.", "c_k.": "c_attn.", "c_v.": "c_attn."}
-# ... or those of Llama, which are also Qwen3's.
-LLAMA_NAMES = {
-    "transformer.wte": "model.embed_tokens",
-    "transformer.ln_f": "model.norm",
-    "transformer.h.": "model.layers.",
-    "ln_1": "input_layernorm",
-    "ln_2": "post_attention_layernorm",
-    "attn.": "self_attn.",
-    "attn.c_proj": "attn.o_proj",
-    "c_q": "q_proj",
-    "c_k": "k_proj",
-    "c_v": "v_proj",
-    "c_gate": "gate_proj",
-    "c_up": "up_proj",
-    "c_down": "down_proj",
-}
-# GPT-2's linear layers compute x @ w: they store (in, out), the transpose of what nn.Linear stores.
+# GPT-2's names are ours, but its queries, keys and values are one matrix, c_attn, and its linear
+# layers are stored as (in, out), the transpose of an nn.Linear.
 GPT2_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+# What to replace in the names of Llama, which are also Qwen3's, to get ours.
+LLAMA_NAMES = {
+    "model.embed_tokens": "transformer.wte", "model.layers": "transformer.h",
+    "model.norm": "transformer.ln_f", "input_layernorm": "ln_1",
+    "post_attention_layernorm": "ln_2", "self_attn": "attn", "q_proj": "c_q", "k_proj": "c_k",
+    "v_proj": "c_v", "o_proj": "c_proj", "gate_proj": "c_gate", "up_proj": "c_up",
+    "down_proj": "c_down",
+}
 
-def pair_names(our_names, table):
-    """{their name: [our names]}. Only GPT-2's c_attn holds several of ours: c_q, c_k and c_v."""
-    pairs = {}
-    for name in our_names:
-        theirs = name
-        for part, replacement in table.items():
-            theirs = theirs.replace(part, replacement)
-        # lm_head and the table wte are one: it is stored once, as the table
-        if name != "lm_head.weight":
-            pairs.setdefault(theirs, []).append(name)
-    return pairs
 
-def need_transformers():
-    """The transformers package. Training does without it."""
-    try:
-        import transformers
-    except ImportError:
-        sys.exit("error: this takes one more package: pip install transformers")
-    return transformers
+def our_names(name):
+    """Our name of a weight that transformers calls `name`; for GPT-2's c_attn our three names."""
+    for theirs, ours in LLAMA_NAMES.items():
+        name = name.replace(theirs, ours)
+    if "c_attn" in name:
+        return [name.replace("c_attn", part) for part in ("c_q", "c_k", "c_v")]
+    return [name]
 
+
+@torch.no_grad()
 def from_openai(name, block_size=1024):
     """OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl as a GPT, in fp32 on the CPU.
 
-    block_size: the longest sequence, in tokens; OpenAI's models have learned 1024 positions. The
-    weights are downloaded once. A folder openai-community/NAME, where you are, is taken first.
+    block_size: the longest sequence, at most the 1024 positions that OpenAI's models have learned.
+    The weights are downloaded once. A folder openai-community/NAME, where you are, is taken first.
     """
-    transformers = need_transformers()
-    try:
-        theirs = transformers.GPT2Model.from_pretrained(f"openai-community/{name}")
-    except Exception as e:  # no network, half a file, a folder that is no model: a dozen kinds
-        reason = str(e).strip().split("\n")[0]
-        sys.exit(f"error: cannot load openai-community/{name} ({type(e).__name__}: {reason:.200}): "
-                 f"go online once; if a file is damaged, remove it from ~/.cache/huggingface")
+    import transformers
+
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(f"openai-community/{name}")
     c = theirs.config
     if block_size > c.n_positions:
-        sys.exit(f"error: {name} has {c.n_positions} positions: give a smaller --sequence_length")
+        sys.exit(f"error: {name} has {c.n_positions} positions: use a smaller --sequence_length")
     shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_kv_head=c.n_head, n_embd=c.n_embd)
     model = GPT(GPTConfig(block_size=block_size, vocab_size=c.vocab_size, **shape, **GPT2))
-    weights = theirs.state_dict()
-    # only the positions that will be asked for
-    weights["wpe.weight"] = weights["wpe.weight"][:block_size]
-    # rows that only pad our table (see GPT): nobody looks them up, so zeros will do
-    padding = len(model.lm_head.weight) - c.vocab_size
-    weights["wte.weight"] = F.pad(weights["wte.weight"], (0, 0, 0, padding))
-    state = {"lm_head.weight": weights["wte.weight"]}
-    for their_name, our_names in pair_names(model.state_dict(), GPT2_NAMES).items():
-        w = weights[their_name]
+    state = model.state_dict()
+    for their_name, w in theirs.state_dict().items():
         if their_name.endswith(GPT2_TRANSPOSED):
             w = w.T
+        names = our_names(their_name)
         # c_attn, (3C, C) by now, is c_q, c_k and c_v one below the other. All else is one piece.
-        pieces = w.chunk(len(our_names))
-        state.update(zip(our_names, pieces, strict=True))
-    model.load_state_dict(state)
+        for our_name, piece in zip(names, w.chunk(len(names)), strict=True):
+            # ours has more rows where it pads the table, and fewer where it needs fewer positions
+            rows = min(len(piece), len(state[our_name]))
+            state[our_name][:rows] = piece[:rows]
     return model
 
-def to_transformers(config, state):
-    """A model of ours in transformers' form: (config, {name: weight}). sys.exit if it has none."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    switches = {name: getattr(config, name) for name in GPT2}
-    variant = dict(norm="rmsnorm", mlp="swiglu", pos="rope", bias=False, qk_norm=config.qk_norm)
-    T = config.block_size
-    if switches == GPT2 and config.n_kv_head == config.n_head:
-        kind = "gpt2"
-        table = GPT2_NAMES
-        settings = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
+@torch.no_grad()
+def to_transformers(config, state):
+    """A model of ours as one of transformers: GPT-2, Llama, or Qwen3, which is Llama with QK-norm.
+
+    config: a GPTConfig. state: its weights. Ends the program if no class has these switches.
+    """
+    import transformers
+
+    end = config.vocab_size - 1  # <|endoftext|>
+    settings = dict(vocab_size=config.vocab_size, tie_word_embeddings=True)
+    settings |= dict(bos_token_id=end, eos_token_id=end, pad_token_id=end)
+    is_gpt2 = asdict(config) == asdict(config) | GPT2 and config.n_kv_head == config.n_head
+    if is_gpt2:
+        settings |= dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
         # one number by two names: llama.cpp and mlx-lm look for the second
-        settings |= dict(n_positions=T, n_ctx=T)
+        settings |= dict(n_positions=config.block_size, n_ctx=config.block_size)
         # we have no dropout; not told so, transformers would finetune GPT-2 with 0.1
         settings |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    elif switches == variant:
-        # Qwen3 is Llama with QK-norm
-        kind = "qwen3" if config.qk_norm else "llama"
-        table = LLAMA_NAMES
-        settings = dict(num_hidden_layers=config.n_layer, hidden_size=config.n_embd)
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings))
+    elif (config.norm, config.mlp, config.pos, config.bias) == ("rmsnorm", "swiglu", "rope", False):
+        settings |= dict(num_hidden_layers=config.n_layer, hidden_size=config.n_embd)
         settings |= dict(num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head)
         settings |= dict(head_dim=config.n_embd // config.n_head, rms_norm_eps=1e-6)
-        settings |= dict(max_position_embeddings=T)
+        settings |= dict(max_position_embeddings=config.block_size)
         settings |= dict(intermediate_size=len(state["transformer.h.0.mlp.c_gate.weight"]))
+        kind = "Qwen3" if config.qk_norm else "Llama"
+        their_config = getattr(transformers, f"{kind}Config")(**settings)
+        # the base of rope_tables(), where programs look for it that were made for transformers 4
+        their_config.rope_theta = 10000.0
+        theirs = getattr(transformers, f"{kind}ForCausalLM")(their_config)
     else:
-        sys.exit(f"error: only the variant and --arch gpt2 can be exported; this has {switches}")
-    settings |= dict(vocab_size=config.vocab_size, tie_word_embeddings=True, dtype="float32")
-    settings |= dict(architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]])
-    # <|endoftext|> also fills up the shorter texts of a batch. A mask hides it there.
-    for special_id in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        settings[special_id] = config.vocab_size - 1
-    theirs = need_transformers().AutoConfig.for_model(kind, **settings)
-    if table is LLAMA_NAMES:
-        # the base of rope_tables(). Not earlier: transformers 5 would put it where few look for it.
-        theirs.rope_theta = 10000.0
-    weights = {}
-    for their_name, our_names in pair_names(state, table).items():
-        w = torch.cat([state[name] for name in our_names])
-        if table is GPT2_NAMES and their_name.endswith(GPT2_TRANSPOSED):
-            w = w.T.contiguous()
-        if our_names == ["transformer.wte.weight"]:
-            w = w[: config.vocab_size]  # without the padding
-        weights[their_name] = w
-    return theirs, weights
+        sys.exit(f"error: only the variant and --arch gpt2 can be exported, this is a {config}")
+    for their_name, p in theirs.state_dict().items():
+        w = torch.cat([state[our_name] for our_name in our_names(their_name)])
+        if is_gpt2 and their_name.endswith(GPT2_TRANSPOSED):
+            w = w.T
+        # without the rows that pad our table
+        p.copy_(w[: len(p)])
+    return theirs
 
-def to_tokenizers(name):
-    """The tokenizer "bytes" or "gpt2" as an object of the tokenizers library."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    _, token_bytes = load_tokenizer(name)
-    tokens = [token_bytes(i) for i in range(fineweb.VOCAB_SIZE[name] - 1)]
-    # The file is text, so each byte is written as a letter: a space, for example, as \u0120.
-    letter = bytes_to_unicode()
-    spelled = {token: "".join(letter[byte] for byte in token) for token in tokens}
-    # Byte-pair encoding begins with single bytes and joins neighbors to tokens, lower ids first.
-    # The library wants a list of all pairs that make a token, in this order.
-    pairs = []
-    for token in tokens:
-        for cut in range(1, len(token)):
-            pair = (spelled.get(token[:cut]), spelled.get(token[cut:]))
-            if None not in pair:
-                pairs.append(pair)
-    vocabulary = {spelled[token]: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
-    # GPT-2's rule where words begin: only inside of a word are pairs joined
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    # it gets the next id, the last one
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    return tokenizer
-
-# README.md of an exported folder. Between the dashes is what the hub reads.
-MODEL_CARD = """---
-license: mit
-library_name: transformers
-pipeline_tag: text-generation
-tags: [{kind}]
-datasets: [{dataset}]
----
-# {folder.name}
-Trained with train_gpt2.py: {step:,} steps, validation loss {val_loss:.4f} nats a token.
-
-    from transformers import pipeline
-    write = pipeline("text-generation", "{folder}")
-    print(write("<|endoftext|>The", max_new_tokens=50)[0]["generated_text"])
-
-Begin a prompt with `<|endoftext|>`, as documents do in training: the tokenizer adds none.
-The model: `{config}`
-"""
 
 def export(checkpoint_path, folder):
-    """Writes a checkpoint as a folder that transformers opens. Returns the exit code."""
-    transformers = need_transformers()
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    """Writes a checkpoint, and GPT-2's tokenizer, as a folder that transformers opens."""
+    import transformers
 
-    folder = Path(folder)
     if os.path.lexists(folder):
-        sys.exit(f"error: {folder} is there already: give another folder")
+        sys.exit(f"error: {folder} exists already: choose another folder")
     checkpoint = read_checkpoint(checkpoint_path)
+    if checkpoint["tokenizer"] != "gpt2":
+        sys.exit(f"error: {checkpoint_path} knows only bytes, for which transformers has no "
+                 f"tokenizer: export a model that was trained on GPT-2's tokens")
     config = GPTConfig(**checkpoint["config"])
-    theirs, weights = to_transformers(config, checkpoint["model"])
-    tokenizer = to_tokenizers(checkpoint["tokenizer"])
-    # By hand: transformers 5 would write a class that 4 does not know. And without the names of the
-    # inputs 4 would add token types to them, which change GPT-2's scores without a word.
-    special_tokens = ("bos_token", "eos_token", "pad_token", "unk_token")
-    tokenizer_config = dict.fromkeys(special_tokens, "<|endoftext|>") | {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.block_size,
-        "model_input_names": ["input_ids", "attention_mask"],
-        "clean_up_tokenization_spaces": False,
-    }
-    card = MODEL_CARD.format(
-        kind=theirs.model_type,
-        dataset={"gpt2": "HuggingFaceFW/fineweb", "bytes": ""}[checkpoint["tokenizer"]],
-        folder=folder,
-        step=checkpoint["step"],
-        val_loss=checkpoint["val_loss"],
-        config=config,
+    theirs = to_transformers(config, checkpoint["model"])
+    # OpenAI's own, downloaded once. It has no token to fill up the shorter texts of a batch with;
+    # <|endoftext|> will do, because a mask hides it there.
+    tokenizer = transformers.GPT2Tokenizer.from_pretrained(
+        "openai-community/gpt2", pad_token="<|endoftext|>", model_max_length=config.block_size
     )
+    theirs.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    print(f"{folder} is written. Begin prompts with <|endoftext|>, as documents do in training: "
+          f"the tokenizer adds none.\nNext, with the packages lm_eval and accelerate:\n"
+          f"    lm_eval --model hf --model_args {shlex.quote(f'pretrained={folder}')} "
+          f"--tasks hellaswag")
+
+
+# -------------------------------------------------------------------------------------------------
+
+def main(argv):
+    """Does what the command line asks for. Returns the exit code."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # All goes into a folder that removes itself, and from there to its place when it is whole.
-        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as tmp:
-            whole = Path(tmp) / folder.name
-            whole.mkdir()
-            theirs.save_pretrained(whole)
-            transformers.GenerationConfig.from_model_config(theirs).save_pretrained(whole)
-            (whole / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
-            (whole / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
-            (whole / "README.md").write_text(card, "utf-8")
-            save_file(weights, whole / "model.safetensors", metadata={"format": "pt"})
-            # safetensors hides its file from everybody else: give it the mode of the others
-            shutil.copymode(whole / "config.json", whole / "model.safetensors")
-            whole.rename(folder)
-    except (OSError, SafetensorError) as e:
-        sys.exit(f"error: {folder} is not written, and nothing is left of it: {e}")
-    again = shlex.quote(f"pretrained={folder}")
-    print(f"{folder} is written; read its README.md before you publish it. Next:")
-    print(f"    lm_eval --model hf --model_args {again} --tasks hellaswag --num_fewshot 0")
-    return 0
+        args, checkpoint = parse_args(argv)
+        if args.export:
+            export(*args.export)
+            return 0
+        if args.sample is not None:
+            model, tokenizer = load_model(args.sample, pick_device(args.device))
+            print_sample(model, tokenizer, args.prompt, args.seed, args.max_new_tokens,
+                         temperature=args.temperature, top_k=args.top_k)
+            return 0
+        with contextlib.ExitStack() as at_end:
+            return train(args, checkpoint, at_end)
+    except ModuleNotFoundError as e:
+        sys.exit(f"error: this takes one more package: pip install {e.name}")
+    except OSError as e:  # no permission, no space, no network
+        reason = str(e).strip().split("\n")[0]
+        sys.exit(f"error: {reason}: fix that, and if the run had begun, go on with --resume")
+    except (RuntimeError, MemoryError) as e:
+        if "out of memory" not in str(e) and "allocate" not in str(e):
+            raise
+        # the weights and the optimizers' averages take as much for any batch
+        where = {frame.name for frame in traceback.extract_tb(e.__traceback__)}
+        smaller = "--model" if where & {"step", "__init__"} else "--batch_size"
+        sys.exit(f"error: out of memory: choose a smaller {smaller}")
+
 
 if __name__ == "__main__":
+    # a character of a sample that the terminal lacks becomes a "?", and does not end the run
+    sys.stdout.reconfigure(errors="replace")
+    # the second Ctrl-C of a run, and the first of anything else, ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(main(sys.argv[1:]))

@@ -42,20 +42,8 @@ import train_gpt2  # noqa: E402
 # -------------------------------------------------------------------------------------------------
 # 1. What train_gpt2.py has no flag for
 
-# Experiments need what has no flag there: ideas that were tried and left out, a known mistake, a
-# setting. Each patch is a function that changes the module train_gpt2 before it trains.
-
-def set_args(**values):
-    """From now on parse_args() returns these values, whatever preset and recipe say."""
-    parse_args = train_gpt2.parse_args
-
-    def changed(argv):
-        # checkpoint: what to resume from; these runs begin anew, and have None
-        args, checkpoint = parse_args(argv)
-        vars(args).update(values)
-        return args, checkpoint
-
-    train_gpt2.parse_args = changed
+# Experiments need what has no flag there: ideas that were tried and left out, and a known mistake.
+# Each patch is a function that changes the module train_gpt2 before it trains.
 
 def after_init(module_class, change):
     """From now on change(module, config) is called on every new module of that class."""
@@ -69,9 +57,9 @@ def after_init(module_class, change):
 
 def only_losses():
     """Neither samples nor checkpoints: of these runs only the log is kept."""
-    train_gpt2.Run.sample = lambda run: None
+    train_gpt2.print_sample = lambda *args, **options: None
     # True stands for "saved"; without it train_gpt2.py would end with an error
-    train_gpt2.Run.save = lambda run: True
+    train_gpt2.save_checkpoint = lambda path, state: True
 
 def zero_projections():
     """The matrices that write into the residual stream start at zero: at first, a block is idle."""
@@ -208,17 +196,20 @@ def cautious_decay():
 
 def average_weights(decay):
     """Validation sees a running average of the weights: `decay` of the old one at each step."""
-    train = train_gpt2.train
-    validate = train_gpt2.Run.validate
+    make_optimizers = train_gpt2.make_optimizers
+    evaluate = train_gpt2.evaluate
 
-    def averaging(run):
-        model = run.model
+    def changed(model, args, dtype):
+        optimizers = make_optimizers(model, args, dtype)
         average = [p.detach().clone() for p in model.parameters()]
+        steps = 0
 
         @torch.no_grad()
         def update_average(optimizer, args, kwargs):
+            nonlocal steps
             # in the first steps a shorter memory, or it would hold on to where training began
-            weight_of_old = min(decay, run.step / (run.step + 10))
+            weight_of_old = min(decay, steps / (steps + 10))
+            steps += 1
             for mean, p in zip(average, model.parameters(), strict=True):
                 mean.lerp_(p, 1 - weight_of_old)
 
@@ -230,18 +221,19 @@ def average_weights(decay):
                 p.copy_(mean)
                 mean.copy_(trained)
 
-        def validate_average(run):
+        def evaluate_average(*args):
             swap()
-            validate(run)
+            loss = evaluate(*args)
             swap()
+            return loss
 
         # the last optimizer: after its step all weights are new
-        run.optimizers[-1].register_step_post_hook(update_average)
+        optimizers[-1].register_step_post_hook(update_average)
         # replaced here and not above, because swap() needs this run's average
-        train_gpt2.Run.validate = validate_average
-        train(run)
+        train_gpt2.evaluate = evaluate_average
+        return optimizers
 
-    train_gpt2.train = averaging
+    train_gpt2.make_optimizers = changed
 
 def low_beta():
     """AdamW's average of the gradients forgets sooner: beta1 is 0.8 instead of 0.9."""
@@ -269,16 +261,10 @@ PATCHES = {
     "average": functools.partial(average_weights, 0.95),
     "rope_1024": functools.partial(rope_base, 1024.0),
     "beta_08": low_beta,
-    "no_decay": functools.partial(set_args, weight_decay=0.0),
     "zero_projections": zero_projections,
     "untied_head": untied_head,
     "fp32_residual": fp32_residual,
     "rope_by_head": rope_by_head,
-    "bias": functools.partial(set_args, bias=True),
-    "cosine": functools.partial(set_args, schedule="cosine"),
-    "warmup_8": functools.partial(set_args, warmup_iters=8),
-    "warmup_20": functools.partial(set_args, warmup_iters=20),
-    "warmup_100": functools.partial(set_args, warmup_iters=100),
 }
 
 # -------------------------------------------------------------------------------------------------
@@ -295,7 +281,8 @@ class Trial:
     share: float = 1.0  # of the group's steps
 
 ORIGINAL = "--recipe original"
-GPT2 = "--arch gpt2"
+# a key/value head for each query head, also where the flags of the group say another number
+GPT2 = "--arch gpt2 --n_kv_head {n_head}"
 # A name is its log's folder. "homework" was the first version's word for the original recipe, and
 # {n_head} in a flag stands for the group's number of heads. What the recipes and architectures come
 # to, and what each part of them brings:
@@ -303,12 +290,12 @@ PARTS = {
     "today": Trial("the default"),
     "adamw": Trial("AdamW instead of Muon", "--optimizer adamw"),
     "no_qk_norm": Trial("without QK-norm", "--no-qk_norm"),
-    "cosine": Trial("a cosine to a tenth instead of stable, then linear", patch="cosine"),
+    "cosine": Trial("a cosine to a tenth instead of stable, then linear", "--schedule cosine"),
     "learned": Trial("learned positions instead of RoPE", "--pos learned"),
     "gelu": Trial("GELU instead of SwiGLU", "--mlp gelu"),
     "layernorm": Trial("LayerNorm instead of RMSNorm", "--norm layernorm"),
     "all_heads": Trial("a key/value head for each query head", "--n_kv_head {n_head}"),
-    "bias": Trial("with biases", patch="bias"),
+    "bias": Trial("with biases", "--bias"),
     "gpt2_today": Trial("GPT-2's architecture, today's recipe", GPT2),
     "homework": Trial("the variant, the original recipe (AdamW)", ORIGINAL),
     "gpt2": Trial("GPT-2's architecture, the original recipe (AdamW)", f"{GPT2} {ORIGINAL}"),
@@ -336,17 +323,17 @@ RATES_APART = {
     "table_half": Trial("half the embedding's rate", patch="table_half"),
     "table_twice": Trial("twice the embedding's rate", patch="table_twice"),
 }
-# the five with the lowest losses with the first seed
-HELPED = "warm_momentum,no_decay,beta_08,gains_4,table_twice"
+# The five with the lowest losses with the first seed. The fifth is a flag: no weight decay.
+HELPED = "warm_momentum,beta_08,gains_4,table_twice"
 IDEAS = {
     "warm_momentum": Trial("Muon's momentum warmed up, 0.85 to 0.95", patch="warm_momentum"),
     "cautious_decay": Trial("cautious weight decay", patch="cautious_decay"),
-    "no_decay": Trial("no weight decay", patch="no_decay"),
+    "no_decay": Trial("no weight decay", "--weight_decay 0"),
     "average": Trial("an average of the last weights", patch="average"),
     "gains_4": Trial("four times the gains' rate", patch="gains_4"),
     "rope_1024": Trial("RoPE's base 1,024 instead of 10,000", patch="rope_1024"),
     "beta_08": Trial("AdamW's first beta 0.8 instead of 0.9", patch="beta_08"),
-    "together": Trial("the five that helped most, together", patch=HELPED),
+    "together": Trial("the five that helped most, together", "--weight_decay 0", patch=HELPED),
 }
 TRIALS = PARTS | RATES | RATES_APART | IDEAS
 
@@ -360,19 +347,19 @@ class Group:
     flags: str
     muon: float = 4e-3  # the peak rate of runs with Muon
     adamw: float = 2e-3  # and of those with AdamW alone
-    warmup: str = "warmup_20"  # the patch that sets it: the same for both recipes
+    warmup: int = 20  # steps: the same for both recipes
 
 MAIN_RUNS = ["today", "homework", "gpt2", "homework_75", "today_35"]
 TINY = "--model tiny --val_loss_every 50"
 # d12 shrunk to 7.6M weights
 SMALL = (
-    "--model d12 --n_layer 6 --n_head 4 --n_embd 128 --sequence_length 256 --batch_size 16 "
-    "--total_batch_size 8192 --val_loss_every 20 --val_tokens 65536"
+    "--model d12 --n_layer 6 --n_head 4 --n_kv_head 2 --n_embd 128 --sequence_length 256 "
+    "--batch_size 16 --total_batch_size 8192 --val_loss_every 20 --val_tokens 65536"
 )
 # and to 17.6M, 12.9M of them in the table
 MEDIUM = (
-    "--model d12 --n_layer 6 --n_head 4 --n_embd 256 --sequence_length 512 --batch_size 8 "
-    "--total_batch_size 8192 --val_loss_every 40 --val_tokens 65536 --compile"
+    "--model d12 --n_layer 6 --n_head 4 --n_kv_head 2 --n_embd 256 --sequence_length 512 "
+    "--batch_size 8 --total_batch_size 8192 --val_loss_every 40 --val_tokens 65536 --compile"
 )
 GROUPS = {
     "tiny": Group(
@@ -393,15 +380,15 @@ GROUPS = {
     "width_256": Group(
         steps=300, seeds=(1,),
         runs=["today", *RATES_APART],
-        flags=f"{TINY} --n_embd 256 --n_head 8",
+        flags=f"{TINY} --n_embd 256 --n_head 8 --n_kv_head 4",
     ),
     "width_512": Group(
         steps=300, seeds=(1,),
         runs=["today", *RATES_APART],
-        flags=f"{TINY} --n_embd 512 --n_head 16",
+        flags=f"{TINY} --n_embd 512 --n_head 16 --n_kv_head 8",
     ),
     "small": Group(
-        steps=200, seeds=(1,), adamw=1.2e-3, warmup="warmup_8",
+        steps=200, seeds=(1,), adamw=1.2e-3, warmup=8,
         runs=[*MAIN_RUNS, "gpt2_half", "gpt2_twice"],
         flags=SMALL,
     ),
@@ -416,7 +403,7 @@ GROUPS = {
         flags=MEDIUM,
     ),
     "d12": Group(
-        steps=2000, seeds=(1, 2), muon=2.4e-3, adamw=1.2e-3, warmup="warmup_100",
+        steps=2000, seeds=(1, 2), muon=2.4e-3, adamw=1.2e-3, warmup=100,
         runs=MAIN_RUNS,
         flags="--model d12 --val_loss_every 125",
     ),
@@ -426,7 +413,7 @@ def arguments(group, name, seed, data):
     """The arguments with which this file, in a process of its own, makes the run."""
     shared = GROUPS[group]
     trial = TRIALS[name]
-    patches = ["only_losses", shared.warmup]
+    patches = ["only_losses"]
     if trial.patch:
         patches.append(trial.patch)
     with_muon = "adamw" not in trial.flags and ORIGINAL not in trial.flags
@@ -435,7 +422,10 @@ def arguments(group, name, seed, data):
     # how many heads models of this group have, by their flags or by their preset
     args, _ = train_gpt2.parse_args(shlex.split(shared.flags))
     argv += shlex.split(trial.flags.format(n_head=args.n_head))
-    argv += [f"--learning_rate={rate:g}", f"--num_iterations={round(trial.share * shared.steps)}"]
+    steps = round(trial.share * shared.steps)
+    # a short run should not be all warm-up
+    warmup = min(shared.warmup, steps // 10)
+    argv += [f"--learning_rate={rate:g}", f"--warmup_iters={warmup}", f"--num_iterations={steps}"]
     if data:
         argv.append(f"--input_bin={data}")
     return [*argv, f"--seed={seed}"]

@@ -20,6 +20,7 @@ import argparse
 import datetime
 import importlib.util
 import inspect
+import math
 import shlex
 import statistics
 import sys
@@ -93,8 +94,7 @@ class Contender:
         # counted on the meta device, which knows shapes and holds no numbers
         with torch.device("meta"):
             counted = train_gpt2.GPT(config)
-        self.flops_per_token = counted.flops_per_token(T)
-        num_params, _ = counted.num_params()
+        self.flops_per_token = train_gpt2.flops_per_token(counted)
 
         before = memory(self.device)
         torch.manual_seed(args.seed)
@@ -105,6 +105,7 @@ class Contender:
             with self.device:
                 self.model = train_gpt2.GPT(config)
             self.optimizers = train_gpt2.make_optimizers(self.model, args, dtype)
+        self.grad_clip = args.grad_clip or math.inf
         self.is_peer = bool(own.peer)
         compiled = args.compile
         if compiled is None:
@@ -118,10 +119,12 @@ class Contender:
             self.options = {"return_logits": False}
 
         sequences = args.total_batch_size // T
+        if sequences == 0:
+            sys.exit(f"error: {spec}: a step has no whole sequence of {T} tokens")
         B = args.batch_size or train_gpt2.pick_batch_size(
-            config, num_params, self.device, dtype, compiled, sequences
+            args, self.device, dtype, compiled, sequences
         )
-        if sequences % B or sequences == 0:
+        if sequences % B:
             sys.exit(f"error: {spec}: a step has {sequences} sequences, no multiple of {B}")
         self.grad_accum_steps = sequences // B
         self.x, self.y = torch.randint(vocab_size, (2, B, T), device=self.device)
@@ -147,7 +150,7 @@ class Contender:
             loss = output[1] if self.is_peer else output
             loss = loss / self.grad_accum_steps
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         for optimizer in self.optimizers:
             optimizer.step()
             # ours writes zeros over the gradients, llm.c and nanoGPT delete them

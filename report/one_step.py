@@ -5,7 +5,7 @@ update, with its shapes and some of its numbers.
     python report/one_step.py                       # in bf16 where the processor has it
     python report/one_step.py --dtype float32
 
-To be read beside train_gpt2.py. It does what Run and train() do there, in their order and under
+To be read beside train_gpt2.py. It does what train() does there, in their order and under
 their names, calls the same functions, and adds nothing but print(). Other flags of train_gpt2.py
 may be given too, as long as the model keeps today's architecture. It runs on the CPU, and takes the
 whole step as a single micro-batch.
@@ -111,7 +111,7 @@ def show_first_block(block, x, rope, config):
         f"silu(gate) lets through between {F.silu(gate).min():+.3f} and {F.silu(gate).max():+.3f}")
 
 @torch.no_grad()
-def show_forward(model, idx, targets, token_bytes):
+def show_forward(model, idx, targets, decode):
     """GPT.forward(), one operation at a time. Returns the loss that comes out."""
     config = model.config
     T = idx.size(1)
@@ -137,7 +137,7 @@ def show_forward(model, idx, targets, token_bytes):
     logits = model.lm_head(x).float()[..., : config.vocab_size]
     p = F.softmax(logits, dim=-1)
     p_right = p.gather(2, targets.unsqueeze(2)).mean()
-    likeliest = token_bytes(logits[0, 0].argmax().item())
+    likeliest = decode([logits[0, 0].argmax().item()])
     say(f"ln_f, then lm_head, which is wte again: logits {shape(logits)} = (B, T, V)",
         f"logits[0, 0] = {some(logits[0, 0])}, root mean square {rms(logits):.3f}, "
         f"largest for {likeliest!r}",
@@ -181,7 +181,7 @@ def show_update(model, args, dtype):
     return lr
 
 def main(argv):
-    # Run.__init__(): device, data, model
+    # train(): device, data, model
     args, _ = train_gpt2.parse_args(argv)
     device = train_gpt2.pick_device("cpu")
     dtype, autocast = train_gpt2.pick_autocast(args.dtype, device)
@@ -196,22 +196,22 @@ def main(argv):
                  "that change them")
     torch.manual_seed(args.seed)
     model = GPT(config)
-    num_params, _ = model.num_params()
+    num_params = sum(p.numel() for p in model.parameters())
     say("the model", str(config), f"{num_params:,} parameters; matrix products in {dtype}")
 
     # the batch
     B = args.total_batch_size // T
     x, y = data.batch(0, B, device)
-    _, token_bytes = train_gpt2.load_tokenizer(data.tokenizer)
+    _, decode = train_gpt2.load_tokenizer(data.tokenizer)
     # the last id is <|endoftext|>, which is no text
     ids = [id for id in x[0, :60].tolist() if id < data.vocab_size - 1]
-    text = b"".join(token_bytes(id) for id in ids).decode(errors="replace")
+    text = decode(ids)
     say(f"the batch: x {shape(x)} = (B, T), and y, the same shifted by one",
         f"x[0] = {x[0, :12].tolist()} ...", f"y[0] = {y[0, :12].tolist()} ...", f"as text {text!r}")
 
-    # train(): forward
+    # forward
     with autocast():
-        loss_by_hand = show_forward(model, x, y, token_bytes)
+        loss_by_hand = show_forward(model, x, y, decode)
         loss = model(x, y)
     say("the loss: the mean of -log p(right next id), in nats",
         f"HeadLoss {loss:.6f}, F.cross_entropy of the logits above {loss_by_hand:.6f}",
@@ -225,9 +225,11 @@ def main(argv):
         *lines[:3], *lines[-2:])
 
     # clip
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+    norm = norm.item()
     say("clip_grad_norm_",
-        f"norm of all gradients together {norm:.4f}: each is multiplied by {min(1, 1 / norm):.4f}")
+        f"norm of all gradients together {norm:.4f}: each is multiplied by "
+        f"{min(1, (args.grad_clip or math.inf) / norm):.4f}")
 
     # step
     lr = show_update(model, args, dtype)

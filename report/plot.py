@@ -63,7 +63,8 @@ class Run:
                      f"--output_dir of train_gpt2.py")
         text = path.read_text("utf-8")
         points = {}
-        for step, fields in re.findall(r"^s:(\d+) (.*)$", text, re.MULTILINE):
+        # not the lines with the flags of the run, which are no numbers
+        for step, fields in re.findall(r"^s:(\d+) (?!flags:)(.*)$", text, re.MULTILINE):
             for kind, value in re.findall(r"(\w+):(\S+)", fields):
                 # a resumed run makes some steps again, and the last line of a step counts
                 points.setdefault(kind, {})[int(step)] = float(value)
@@ -87,7 +88,7 @@ class Run:
             # a model without weights, only to count
             with torch.device("meta"):
                 model = train_gpt2.GPT(train_gpt2.GPTConfig(**state["config"]))
-            self.flops = model.flops_per_token(model.config.block_size)
+            self.flops = train_gpt2.flops_per_token(model)
 
     def seconds(self, steps):
         """Training time up to each of steps.
