@@ -681,6 +681,8 @@ ORIGINAL = dict(optimizer="adamw", schedule="cosine", qk_norm=False)
         sequence_length=1024, total_batch_size=524288, num_iterations=19073, warmup_iters=250,
         val_loss_every=250, log_every=1, compile=None, optimizer="muon", schedule="wsd",
         weight_decay=0.1, grad_clip=1.0, output_dir="log124M")),
+    ("--n_head=8", dict(n_kv_head=4)),
+    ("--n_head=1", dict(n_kv_head=1)),
     ("--model=d24", dict(n_kv_head=8, learning_rate=1.2e-3, output_dir="log350M")),
     ("--model=d36", dict(n_kv_head=10, learning_rate=1e-3, output_dir="log774M")),
     ("--model=d48", dict(n_kv_head=25, learning_rate=8e-4, output_dir="log1558M")),

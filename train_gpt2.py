@@ -1056,6 +1056,9 @@ def parse_args(argv):
     typed = parser.parse_args(argv)
     model = typed.model or OPENAI_MODELS.get(typed.init_from, "tiny")
     defaults = {"model": model, "warmup_iters": 250} | PRESETS[model]
+    if typed.n_head:
+        # query heads share in pairs, if they come in pairs
+        defaults["n_kv_head"] = typed.n_head // 2 if typed.n_head % 2 == 0 else typed.n_head
     if typed.recipe == "original":
         defaults |= ORIGINAL
         defaults["learning_rate"] /= 2
