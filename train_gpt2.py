@@ -51,6 +51,7 @@ import contextlib
 import copy
 import datetime
 import functools
+import gc
 import glob
 import importlib.util
 import math
@@ -1641,8 +1642,6 @@ def train(args, checkpoint, at_end):
         elif args.model == "tiny":
             print0("or, for a larger model on a GPU, real text; this says what to type after it:\n"
                    "    python fineweb.py --shards 10")
-    if world_size > 1:
-        dist.destroy_process_group()
     return exit_code
 
 
@@ -1784,7 +1783,13 @@ def main(argv):
                          temperature=args.temperature, top_k=args.top_k)
             return 0
         with contextlib.ExitStack() as at_end:
-            return train(args, checkpoint, at_end)
+            exit_code = train(args, checkpoint, at_end)
+        if dist.is_initialized():
+            # DDP's objects refer to each other in a circle, and keep threads alive that would abort
+            # a program that is ending: collect them first.
+            gc.collect()
+            dist.destroy_process_group()
+        return exit_code
     except ModuleNotFoundError as e:
         sys.exit(f"error: this takes one more package: pip install {e.name}")
     except OSError as e:  # no permission, no space, no network
