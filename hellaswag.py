@@ -325,7 +325,7 @@ def main(argv):
         sys.exit(f"error: this takes one more package: pip install {e.name}")
     except OSError as e:  # GPT-2's vocabulary or OpenAI's weights cannot be downloaded
         reason = str(e).strip().splitlines()[0]
-        sys.exit(f"error: {reason}: go online once, or check HF_ENDPOINT and TIKTOKEN_CACHE_DIR")
+        sys.exit(f"error: {reason}: fix that, and run this command again")
     block_size = model.config.block_size
     items = [encode_question(q, encode, block_size, args.harness) for q in questions]
 

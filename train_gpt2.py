@@ -885,7 +885,11 @@ def load_tokenizer(name):
         return lambda text: list(text.encode()), lambda ids: bytes(ids).decode(errors="replace")
     import tiktoken  # here, because the default run does not need it
 
-    bpe = tiktoken.get_encoding("gpt2")  # downloads the vocabulary, 1.5 MB, once
+    try:
+        bpe = tiktoken.get_encoding("gpt2")  # downloads the vocabulary, 1.5 MB, once
+    except OSError:
+        raise OSError("GPT-2's vocabulary is not here: go online once, or set TIKTOKEN_CACHE_DIR "
+                      "to a folder that has it") from None
     return bpe.encode_ordinary, bpe.decode
 
 
@@ -1792,6 +1796,9 @@ def main(argv):
         return exit_code
     except ModuleNotFoundError as e:
         sys.exit(f"error: this takes one more package: pip install {e.name}")
+    except BrokenPipeError:  # whoever read our output, head for example, has left: say no more
+        sys.stdout = open(os.devnull, "w")
+        return 1
     except OSError as e:  # no permission, no space, no network
         reason = str(e).strip().split("\n")[0]
         sys.exit(f"error: {reason}: fix that, and if the run had begun, go on with --resume")
