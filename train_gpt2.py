@@ -547,13 +547,14 @@ def read_shard(path):
     A shard is 256 whole numbers, and then its tokens, 2 bytes each: see fineweb.py. The tokens are
     a memory map: nothing is read from the disk before it is used.
     """
-    header = np.fromfile(path, "<i4", 256)
+    header = np.fromfile(path, "<i4", fineweb.HEADER_INTS)
     # the file is as long as its header says, unless a download or a copy was cut off
     is_shard = header[:2].tolist() == [fineweb.SHARD_MAGIC, fineweb.SHARD_VERSION]
-    if not is_shard or os.path.getsize(path) != 4 * 256 + 2 * int(header[2]):
+    if not is_shard or os.path.getsize(path) != header.nbytes + 2 * int(header[2]):
         sys.exit(f"error: {path} is no whole token shard: get it again with fineweb.py")
     # a shard that does not say how many (llm.c's, and those that fineweb.py downloads) has GPT-2's
-    return np.memmap(path, "<u2", "r", offset=4 * 256), int(header[3]) or 50257
+    vocab_size = int(header[3]) or fineweb.VOCAB_SIZE["gpt2"]
+    return np.memmap(path, "<u2", "r", offset=header.nbytes), vocab_size
 
 
 @functools.lru_cache(maxsize=4)
@@ -601,7 +602,8 @@ class TokenLoader:
                      f"NAME_val_*.bin, which `python fineweb.py` makes; see --input_bin")
         self.shards, vocab_sizes = zip(*map(read_shard, self.paths), strict=True)
         self.vocab_size = vocab_sizes[0]  # all shards of a corpus have the same
-        self.tokenizer = {257: "bytes", 50257: "gpt2"}[self.vocab_size]
+        names = {size: name for name, size in fineweb.VOCAB_SIZE.items()}
+        self.tokenizer = names[self.vocab_size]
         # rows in each shard, and sequences in an epoch
         self.counts = [max(0, len(tokens) - 1) // T for tokens in self.shards]
         self.total = sum(self.counts)
@@ -947,14 +949,14 @@ def print_sample(model, tokenizer, prompt=None, seed=0, max_new_tokens=200, **op
 # at such rates with Muon and QK-norm. Only small models have been tried (report/README.md), so take
 # them as a guess: half as much or twice as much may be better. The folders are named after GPT-2's
 # models of these shapes. "fits" is how many sequences of 1024 tokens a GPU with 80 GB takes at a
-# time (calculated, not tried). d48's 25 heads cannot share in pairs.
-COLUMNS = "n_layer", "n_head", "n_kv_head", "n_embd", "learning_rate", "output_dir", "fits"
+# time (calculated, not tried).
+COLUMNS = "n_layer", "n_head", "n_embd", "learning_rate", "output_dir", "fits"
 PRESETS = {
-    "tiny": (4,     4,        2,           128,      4e-3,            "logtiny",    64),
-    "d12":  (12,    12,       6,           768,      2.4e-3,          "log124M",    64),
-    "d24":  (24,    16,       8,           1024,     1.2e-3,          "log350M",    32),
-    "d36":  (36,    20,       10,          1280,     1e-3,            "log774M",    16),
-    "d48":  (48,    25,       25,          1600,     8e-4,            "log1558M",   8),
+    "tiny": (4,     4,        128,      4e-3,            "logtiny",    64),
+    "d12":  (12,    12,       768,      2.4e-3,          "log124M",    64),
+    "d24":  (24,    16,       1024,     1.2e-3,          "log350M",    32),
+    "d36":  (36,    20,       1280,     1e-3,            "log774M",    16),
+    "d48":  (48,    25,       1600,     8e-4,            "log1558M",   8),
 }
 PRESETS = {model: dict(zip(COLUMNS, row, strict=True)) for model, row in PRESETS.items()}
 # tiny trains for a minute, on bytes; input_bin "" stands for the source of the standard library
@@ -1061,16 +1063,16 @@ def parse_args(argv):
     typed = parser.parse_args(argv)
     model = typed.model or OPENAI_MODELS.get(typed.init_from, "tiny")
     defaults = {"model": model, "warmup_iters": 250} | PRESETS[model]
-    if typed.n_head:
-        # query heads share in pairs, if they come in pairs
-        defaults["n_kv_head"] = typed.n_head // 2 if typed.n_head % 2 == 0 else typed.n_head
+    # two query heads share a key/value head, if they come in pairs (d48's 25 do not)
+    n_head = typed.n_head or defaults["n_head"]
+    defaults["n_kv_head"] = n_head // 2 if n_head % 2 == 0 else n_head
     if typed.recipe == "original":
         defaults |= ORIGINAL
         defaults["learning_rate"] /= 2
     if typed.init_from:
         defaults |= FINETUNE | {"arch": "gpt2", "output_dir": f"log_{typed.init_from}"}
     if typed.arch == "gpt2" or typed.init_from:
-        defaults |= GPT2 | {"n_kv_head": typed.n_head or defaults["n_head"]}
+        defaults |= GPT2 | {"n_kv_head": n_head}
     del defaults["fits"]  # the one column that is no flag
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)

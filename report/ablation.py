@@ -281,8 +281,7 @@ class Trial:
     share: float = 1.0  # of the group's steps
 
 ORIGINAL = "--recipe original"
-# a key/value head for each query head, also where the flags of the group say another number
-GPT2 = "--arch gpt2 --n_kv_head {n_head}"
+GPT2 = "--arch gpt2"
 # A name is its log's folder. "homework" was the first version's word for the original recipe, and
 # {n_head} in a flag stands for the group's number of heads. What the recipes and architectures come
 # to, and what each part of them brings:
@@ -353,13 +352,13 @@ MAIN_RUNS = ["today", "homework", "gpt2", "homework_75", "today_35"]
 TINY = "--model tiny --val_loss_every 50"
 # d12 shrunk to 7.6M weights
 SMALL = (
-    "--model d12 --n_layer 6 --n_head 4 --n_kv_head 2 --n_embd 128 --sequence_length 256 "
-    "--batch_size 16 --total_batch_size 8192 --val_loss_every 20 --val_tokens 65536"
+    "--model d12 --n_layer 6 --n_head 4 --n_embd 128 --sequence_length 256 --batch_size 16 "
+    "--total_batch_size 8192 --val_loss_every 20 --val_tokens 65536"
 )
 # and to 17.6M, 12.9M of them in the table
 MEDIUM = (
-    "--model d12 --n_layer 6 --n_head 4 --n_kv_head 2 --n_embd 256 --sequence_length 512 "
-    "--batch_size 8 --total_batch_size 8192 --val_loss_every 40 --val_tokens 65536 --compile"
+    "--model d12 --n_layer 6 --n_head 4 --n_embd 256 --sequence_length 512 --batch_size 8 "
+    "--total_batch_size 8192 --val_loss_every 40 --val_tokens 65536 --compile"
 )
 GROUPS = {
     "tiny": Group(
@@ -380,12 +379,12 @@ GROUPS = {
     "width_256": Group(
         steps=300, seeds=(1,),
         runs=["today", *RATES_APART],
-        flags=f"{TINY} --n_embd 256 --n_head 8 --n_kv_head 4",
+        flags=f"{TINY} --n_embd 256 --n_head 8",
     ),
     "width_512": Group(
         steps=300, seeds=(1,),
         runs=["today", *RATES_APART],
-        flags=f"{TINY} --n_embd 512 --n_head 16 --n_kv_head 8",
+        flags=f"{TINY} --n_embd 512 --n_head 16",
     ),
     "small": Group(
         steps=200, seeds=(1,), adamw=1.2e-3, warmup=8,
