@@ -402,8 +402,10 @@ class GPT(nn.Module):
     # Matrix products do well in bf16, and so does the residual stream. Where many numbers are added
     # up, 2 to 3 digits are too few: the norms, every softmax and the loss are computed in fp32, and
     # so is the rotation of RoPE. The weights themselves, their gradients and the optimizer's
-    # averages stay in fp32 all the time. A step changes a weight by a thousandth of it or less, and
-    # bf16 would round that away. In a run in fp32 nothing is bf16; on a GPU all products are TF32.
+    # averages stay in fp32 all the time. A step changes a weight by a percent or two where the
+    # learning rate is highest, and by far less as it falls. bf16 would round much of that away,
+    # since its next number is up to 0.8 % further. In a run in fp32 nothing is bf16; on a GPU all
+    # products are TF32.
 
     def features(self, idx):
         """Token ids (B, T), T <= block_size -> what lm_head reads, (B, T, C)."""
@@ -582,15 +584,16 @@ class TokenLoader:
         shard    1   1   0   0   0         the shards in random order
         row      1   0   2   0   1         the rows of each in random order
 
-    Number 5 begins the next epoch, in another order. What is special: which row has number 4
-    follows from the number and the seed alone, so there is no state to save. Each of eight
-    processes can find its share, and a run resumed at step 1000 reads what it would have read.
+    Number 5 begins the next epoch, in another order. Which row has number 4 follows from the number
+    and the seed alone, so there is no state to save. Each of eight processes can find its share,
+    and a run resumed at step 1000 reads what it would have read.
 
     Rows are cut without regard to texts: one may begin in the middle of a text and hold several,
-    with <|endoftext|> in between. May a position then look into the text before its own? Yes. The
-    model learns that what stands before <|endoftext|> does not matter. A mask would forbid it, but
-    takes more code and gains nothing that one would notice: nanochat measured 0.85407 bits a byte
-    with it and 0.85427 without (https://github.com/karpathy/nanochat).
+    with <|endoftext|>, the id that marks where a text begins, in between. May a position then look
+    into the text before its own? Yes. The model learns that what stands before <|endoftext|> does
+    not matter. A mask would forbid it, but takes more code and gains nothing that one would notice:
+    nanochat (https://github.com/karpathy/nanochat) measured 0.85407 with it and 0.85427 without,
+    in bits a byte, which is the loss in another unit.
     """
 
     def __init__(self, pattern, T, seed=None):
@@ -1021,14 +1024,14 @@ def make_parser():
     add("--overfit_single_batch", action="store_true", help="one batch again and again, as a test")
 
     # How is it trained? Of all numbers the learning rate matters most. Warm-up: see get_lr(). 0.1
-    # and 1.0 are GPT-3's decay and clipping.
+    # and 1.0 are GPT-3's weight decay and clipping (why one clips is told in the loop).
     add("--recipe", choices=["today", "original"], default="today", help="original: AdamW, cosine")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the blocks' matrices")
     add("--learning_rate", type=float, help="its highest value; default: the preset's")
     add("--schedule", choices=["wsd", "cosine"], default="wsd", help="how the rate falls")
     add("--warmup_iters", type=int, help="steps; default: the recipe's, or a tenth of a short run")
     add("--weight_decay", type=float, default=0.1, help="of matrices and tables [%(default)s]")
-    add("--grad_clip", type=float, default=1.0, help="longest gradient; 0: any [%(default)s]")
+    add("--grad_clip", type=float, default=1.0, help="the longest gradient; 0: no limit")
     add("--seed", type=int, default=1337, help="for weights, data order, samples [%(default)s]")
 
     # What to see and keep.
@@ -1269,17 +1272,21 @@ def load_model(name, device):
 #     stays near ln V     Something is broken: try --overfit_single_batch, whose loss has to come
 #                         down to almost 0.
 #     jumps up, stays     The learning rate was too high, and the newest last.pt has the damage in
-#                         it. Begin again with half the rate, or go on with that from an older
-#                         last.pt, if you copied one now and then (cp last.pt older.pt; best.pt
-#                         lacks the optimizers' averages).
-#     nan                 The run ends by itself, before that is saved: last.pt is good.
+#                         it. Begin again with half the rate. Or, if you copied last.pt now and
+#                         then (best.pt lacks the optimizers' averages), go on from the copy:
+#                             cp older.pt log124M/last.pt
+#                             python train_gpt2.py --resume --output_dir log124M
+#                                 --learning_rate 1.2e-3             (in one line)
+#     nan                 The run ends by itself, before that is saved. If the loss had not jumped
+#                         before, last.pt is good.
 #
 # Before you leave a run of days alone: start it where it outlives your terminal (in tmux). By the
 # published speeds of similar code, d12 takes one H100 8 hours and d24 21; nobody has tried it with
 # this file. FineWeb's sample takes 21 GB, last.pt up to 12 bytes for each weight and best.pt 4, and
 # while one is written its old version exists as well. After a crash no more is lost than the steps
-# since the last validation; --resume goes on. Without --resume a new run begins, and what the
-# earlier one left is moved aside.
+# since the last validation (--val_loss_every 0 saves at the end only); --resume goes on, and
+# main.log then has the steps twice that are done again. Without --resume a new run begins, and what
+# the earlier one left is moved aside.
 
 def train(args, checkpoint, at_end):
     """One run, from the first line on the screen to the last. Returns the exit code.
@@ -1516,7 +1523,8 @@ def train(args, checkpoint, at_end):
             # before it is saved over the last good state
             check(step, "validation loss", val_loss)
 
-        # And HellaSwag, a benchmark of questions with four answers to choose from.
+        # And HellaSwag, a benchmark of questions with four answers to choose from. (With model and
+        # not fast_model, which would be compiled anew for each length of text. So are samples.)
         if args.hellaswag_every > 0 and (step % args.hellaswag_every == 0 or last) and not stop:
             score = score_hellaswag(model, items, autocast)
             print0(f"step {step:5d}/{args.num_iterations} | HellaSwag {score:.6f}")
