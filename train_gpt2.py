@@ -399,13 +399,13 @@ class GPT(nn.Module):
     #     TF32        8         10      1.001        (not stored: a GPU may round the inputs of a
     #     bf16        8          7      1.008        matrix product in fp32 to it, for speed)
     #
-    # Matrix products do well in bf16, and so does the residual stream. Where many numbers are added
-    # up, 2 to 3 digits are too few: the norms, every softmax and the loss are computed in fp32, and
-    # so is the rotation of RoPE. The weights themselves, their gradients and the optimizer's
-    # averages stay in fp32 all the time. A step changes a weight by a percent or two where the
-    # learning rate is highest, and by far less as it falls. bf16 would round much of that away,
-    # since its next number is up to 0.8 % further. In a run in fp32 nothing is bf16; on a GPU all
-    # products are TF32.
+    # Matrix products do well in bf16 (also those of lm_head, and of the optimizer Muon), and so
+    # does the residual stream. Where many numbers are added up, 2 to 3 digits are too few: the
+    # norms, every softmax and the loss are computed in fp32, and so is the rotation of RoPE. The
+    # weights themselves, their gradients and the optimizer's averages stay in fp32 all the time. A
+    # step changes a weight by a percent or two where the learning rate is highest, and by far less
+    # as it falls. bf16 would round much of that away, since its next number is up to 0.8 % further.
+    # In a run in fp32 nothing is bf16; on a GPU all products are TF32.
 
     def features(self, idx):
         """Token ids (B, T), T <= block_size -> what lm_head reads, (B, T, C)."""
