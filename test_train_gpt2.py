@@ -1969,17 +1969,21 @@ import plot  # noqa: E402
 README = ROOT / "README.md"
 REPORT = ROOT / "report" / "README.md"
 LOGS = ROOT / "report" / "logs"
-GROUPS = sorted(path.name for path in LOGS.iterdir() if path.is_dir())
+# the lab has no table
+GROUPS = sorted({path.name for path in LOGS.iterdir() if path.is_dir()} - {"lab"})
 
 
 def test_links_lead_somewhere():
     """To a file, a heading, an address further down; `Names` in brackets are train_gpt2.py's."""
+    def anchors(document):
+        headings = re.findall(r"^#+ (.*)$", document.read_text("utf-8").lower(), re.M)
+        return [re.sub(r"[^\w -]", "", line).replace(" ", "-") for line in headings]
+
     for document in README, REPORT:
         text = document.read_text("utf-8")
-        headings = re.findall(r"^#+ (.*)$", text.lower(), re.M)
-        anchors = [re.sub(r"[^\w -]", "", line).replace(" ", "-") for line in headings]
         for path, anchor in re.findall(r"\]\((?!https?:)([^)\s#]*)#?([^)\s]*)\)", text):
-            assert (document.parent / path).exists() and anchor in (*anchors, ""), (path, anchor)
+            target = document.parent / path if path else document
+            assert target.exists() and (not anchor or anchor in anchors(target)), (path, anchor)
         addresses = set(re.findall(r"^\[(\w+)\]: http", text, re.M))
         assert set(re.findall(r"\]\[(\w+)\]", text)) == addresses
         for name in re.findall(r"\(`(\w+)`(?:, `(\w+)`)?\)", text):
@@ -1999,6 +2003,7 @@ def test_commands_are_understood(monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
     scripts = {"train_gpt2.py": train_gpt2, "fineweb.py": fineweb, "hellaswag.py": hellaswag}
     scripts |= {f"report/{m.__name__}.py": m for m in (ablation, bench, one_step, plot)}
+    scripts["lab.py"] = train_gpt2  # a copy of it: see the report
     seen = set()
     for path in [README, REPORT, *ROOT.glob("*.py"), *(ROOT / "report").glob("*.py")]:
         text = path.read_text("utf-8")
@@ -2031,8 +2036,10 @@ def test_tables_agree_with_logs():
         assert command.startswith("# python ") and first.startswith(("s:0 tel:", "s:0 flags:"))
         made = r"# \d{4}-\d\d-\d\d, .*, torch [^ ,]+(, [\d.]+ MFLOP a token)?"
         assert re.fullmatch(made, machine), log
-        of_tiny = log.parts[-3].startswith(("tiny", "ideas", "width"))
-        assert plot.Run(log.parent).tokens == (2048 if of_tiny else 8192), log
+        of_english = log.parts[-3].startswith(("small", "medium", "head"))
+        one_sequence = log.parts[-2].startswith("one_sequence")
+        tokens = 8192 if of_english else 128 if one_sequence else 2048
+        assert plot.Run(log.parent).tokens == tokens, log
 
 
 def test_figures_agree_with_logs():
@@ -2051,6 +2058,9 @@ def test_figures_agree_with_logs():
         known |= {f"{loss:.3f}" for loss in ends}
         if len(ends) > 1:
             known.add(f"{statistics.stdev(ends):.3f}")
+    for log in [*(LOGS / "lab").glob("*/main.log"), LOGS / "mlp" / "today.1" / "main.log"]:
+        losses = re.findall(r"(?:tel|trl):(\S+)", log.read_text("utf-8"))
+        known |= {f"{float(loss):.2f}" for loss in losses}
     for log in LOGS.glob("bench*.txt"):
         for table in log.read_text("utf-8").split("\n\n"):
             rows = re.findall(r"^\|.* \| ([\d.]+) \| ([\d,]+) \| [\d.]+ \|", table, re.M)
@@ -2065,9 +2075,98 @@ def test_figures_agree_with_logs():
     assert len(shown) > 5
     assert [line for line in shown if line.removesuffix(" ...") not in printed] == []
     # and the figures that decide, in the list under the heading
-    known |= set(re.findall(r"done in (\d+ s)", printed))
-    known |= {f"{float(loss):.3f}" for loss in re.findall(r"val loss (\S+)", printed)}
     assert unknown(readme.split("## What was measured")[1]) == []
+
+
+def lab():
+    """{title: (edits, commands)} of the report's lab. An edit is the lines before, and after."""
+    text = REPORT.read_text("utf-8").split("\n## A lab of ten experiments")[1].split("\n## ")[0]
+    experiments = {}
+    for section in text.split("\n### ")[1:]:
+        question = section.split("<details>")[0]
+        edits = []
+        for block in re.findall(r"```diff\n(.*?)```", question, re.S):
+            lines = block.splitlines(keepends=True)
+            before = "".join(line[1:] for line in lines if line[0] in " -")
+            after = "".join(line[1:] for line in lines if line[0] in " +")
+            edits.append((before, after))
+        commands = re.findall(r"^    python lab.py (.*)$", question, re.M)
+        experiments[section.splitlines()[0]] = edits, commands
+    return experiments
+
+
+def test_lab_has_ten_experiments():
+    """Each has commands with one seed, most have an edit, and the answer is folded away."""
+    text = REPORT.read_text("utf-8")
+    assert len(lab()) == text.count("<details><summary>What happened</summary>") == 10
+    for edits, commands in lab().values():
+        assert commands and all("--seed 1 --output_dir log_lab" in command for command in commands)
+        assert edits or commands[0].startswith("--")
+
+
+UNCHANGED = []
+
+
+@pytest.mark.parametrize("title", lab())
+def test_lab_fits_the_file(title, small):
+    """Each edit finds its place in train_gpt2.py, once, and the changed file trains otherwise."""
+    script = Path(SCRIPT).read_text("utf-8")
+    edits, commands = lab()[title]
+    for before, after in edits:
+        assert script.count(before) == 1, before
+        script = script.replace(before, after)
+    # the lab's one unusual batch comes at step 300 of the default run
+    script = script.replace("number == 300", "number == 3")
+    Path("lab.py").write_text(script, "utf-8")
+    # the flags of the experiment, after those of a small run, which are not the default run's
+    flags = shlex.split(commands[0])
+    usual = {"--learning_rate": "0.001", "--total_batch_size": "64", "--num_iterations": "4"}
+    for i, flag in enumerate(flags[:-1]):
+        flags[i + 1] = usual.get(flag, flags[i + 1])
+
+    def losses(command):
+        alone = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *command[:1], *small, *command[1:]],
+                              capture_output=True, text=True, env=os.environ | alone)
+        assert done.returncode == 0, done.stderr
+        return re.findall(r"loss (\S+)", done.stdout)
+
+    # what the file does as it is, with the lab's seed: the same for all ten
+    if not UNCHANGED:
+        UNCHANGED.extend(losses([SCRIPT, "--seed=1"]))
+    assert losses(["lab.py", *flags]) != UNCHANGED
+
+
+def test_gpu_script(small):
+    """What a GPU is to tell runs here from end to end; a part that fails hides no other."""
+    if sys.platform != "linux":
+        pytest.skip("report/gpu.sh is for Linux")
+    question = {"ind": 0, "ctx": "One and one", "label": 1, "endings": [" is", " two", " a", " b"]}
+    Path("questions.jsonl").write_text(json.dumps(question) + "\n")
+    names = {"SMOKE": "1", "OUT": "out", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    Path("llmc.py").write_text("raise OSError('not llm.c')")
+    names |= {"DATA": small[-1].split("=")[1], "QUESTIONS": "questions.jsonl", "LLMC": "llmc.py"}
+    command = ["bash", str(ROOT / "report" / "gpu.sh")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | names)
+    table = Path("out/table.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| (\d+) \| \d+ \| (.*) \|$", table, re.M)
+    codes = {name: code for name, code, _ in rows}
+    parts = ["torch", "today", "gpt2", "resume", "hellaswag", "bench_d12", "bench_d24"]
+    # all but the one whose llm.c is none
+    assert codes == dict.fromkeys(parts, "0") | {"bench_llmc": "1"}, done.stdout + done.stderr
+    assert done.returncode == 1
+    answers = {name: answer for name, _, answer in rows}
+    for name, *words in (
+        ("today", "device cpu", "first step done", " ms ", "val loss"), ("gpt2", " tok/s"),
+        ("resume", "4/6", "6/6"), ("hellaswag", "acc_norm"), ("bench_llmc", "OSError: not llm.c"),
+        ("bench_d12", "d12 --arch gpt2"), ("bench_d24", "d24 --n_layer 2"),
+    ):
+        assert all(word in answers[name] for word in words), (name, answers[name])
+    # nothing is written over, and what cannot be is said at once
+    for change in {}, {"SLOW": "1.5"}, {"LLMC": "nowhere.py"}:
+        env = os.environ | names | change
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 1 and (list(change) or ["out exists"])[0] in done.stderr
 
 
 def test_ablation_makes_and_keeps_a_run(monkeypatch, small, capsys):
@@ -2078,15 +2177,12 @@ def test_ablation_makes_and_keeps_a_run(monkeypatch, small, capsys):
     command = ["tiny", *"--seeds 1 --jobs 1 --logs logs --data".split(), input_bin.split("=")[1]]
     ablation.main(command)
     logs = {path.parent.name: path.read_text("utf-8") for path in Path("logs").rglob("main.log")}
-    heading = "# python report/ablation.py --patched only_losses"
-    assert logs["today.1"].startswith(f"{heading} --model=d12")
-    assert logs["rope_by_head.1"].startswith(f"{heading},rope_by_head --model=d12")
+    heading = "# python report/ablation.py --patched"
+    assert logs["today.1"].startswith(f"{heading} only_losses --model=d12")
+    assert logs["rope_by_head.1"].startswith(f"{heading} rope_by_head --model=d12")
     losses = [re.findall(r"s:\d tel:(\S+)", text) for text in logs.values()]
     assert len(losses) == len(losses[0]) == 2 and losses[0] != losses[1]
     assert "| RoPE turned by head instead of by time | 2 |" in capsys.readouterr().out
-    # a log of another length is not taken for this run's
-    fails([*command, "--steps=20"], capsys, "2 steps, not 20", "--logs", main=ablation.main)
-    group.steps = 2
     # other curves in their place: the table is of these, and no run is made again
     for name, curve in ("today", (10, 6, 4)), ("gpt2", (10, 9, 8)), ("adamw", (10, 9, 8.5)):
         Path(f"logs/tiny/{name}.1").mkdir(exist_ok=True)
@@ -2095,24 +2191,49 @@ def test_ablation_makes_and_keeps_a_run(monkeypatch, small, capsys):
     ablation.main(command)
     out = capsys.readouterr().out
     assert "| the default | 2 | 4.000 |  | 25% | 1 |" in out  # half a step of two, from 10 to 8
-    noise = "one seed, not told apart from noise"
-    assert f"| AdamW instead of Muon | 2 | 8.500 | +4.500, {noise} | - | 1 |" in out
-    assert f"(AdamW) | 2 | 8.000 | +4.000, {noise} | 100% | 1 |" in out
-    # three seeds or more, and two standard errors or more
+    assert "| AdamW instead of Muon | 2 | 8.500 | +4.500 | - | 1 |" in out
+    assert "(AdamW) | 2 | 8.000 | +4.000 | 100% | 1 |" in out
+    # an error from three seeds on, and two of them are needed to say something
+    assert ablation.difference_in_words([0.1, 0.12]) == "+0.110"
     assert ablation.difference_in_words([0.1, 0.11, 0.12]) == "+0.110 ± 0.006"
-    for differences in [0.1, 0.1], [-0.1, 0.11, 0.12]:
-        assert ablation.difference_in_words(differences).endswith(", not told apart from noise")
+    assert ablation.difference_in_words([-0.1, 0.11, 0.12]).endswith(", not told apart from noise")
 
 
-@pytest.mark.parametrize("group, heads", [("tiny", (4, 2)), ("width_512", (16, 8)),
-                                          ("small", (4, 2)), ("d12", (12, 6))])
+@pytest.mark.parametrize("group, heads", [("tiny", 4), ("medium", 4), ("d12", 12)])
 def test_trials_have_the_heads_of_their_group(group, heads):
     """Half as many keys and values as queries, but for those trials that have as many."""
     for name in "today", "all_heads", "gpt2":
         argv = ablation.arguments(group, name, 1, None)
         args, _ = train_gpt2.parse_args(argv[2:])
-        assert (args.n_head, args.n_kv_head) == (heads if name == "today" else 2 * heads[:1])
-        assert set(ablation.TRIALS[name].patch.split(",")) - {""} <= set(ablation.PATCHES)
+        assert (args.n_head, args.n_kv_head) == (heads, heads // 2 if name == "today" else heads)
+    assert {trial.patch for trial in ablation.TRIALS.values()} <= set(ablation.PATCHES)
+
+
+def test_patches(monkeypatch):
+    """MLPs of SwiGLU's size, and a head of its own that learns at a rate of its own."""
+    for name in "MLP", "make_optimizers":
+        monkeypatch.setattr(train_gpt2, name, getattr(train_gpt2, name))
+    monkeypatch.setattr(GPT, "__init__", GPT.__init__)
+    args, _ = train_gpt2.parse_args([])
+    x = torch.tensor([[-1.0, 2.0]])
+    num_params = sum(p.numel() for p in tiny_model().parameters())
+    for name, wanted in ("gelu_equal", [[-0.1588, 1.9546]]), ("relu2_equal", [[0.0, 4.0]]):
+        ablation.PATCHES[name]()
+        model = tiny_model()
+        assert sum(p.numel() for p in model.parameters()) == num_params
+        activated = model.transformer.h[0].mlp.activation(x)
+        torch.testing.assert_close(activated, torch.tensor(wanted), rtol=0, atol=1e-4)
+    ablation.PATCHES["untied_2"]()
+    model = tiny_model()
+    assert model.lm_head.weight.abs().max() == 0 and model.transformer.wte.weight.abs().max() > 0
+    adamw = train_gpt2.make_optimizers(model, args, "float32")[0]
+    model(*torch.randint(64, (2, 1, 8))).backward()
+    for _ in range(2):
+        for group in adamw.param_groups:
+            group["lr"] = 0.5
+        adamw.step()
+    rates = {id(p): group["lr"] for group in adamw.param_groups for p in group["params"]}
+    assert rates[id(model.lm_head.weight)] == 1.0 and rates[id(model.transformer.wte.weight)] == 0.5
 
 
 def test_one_step_is_the_runs_first(small, capsys):

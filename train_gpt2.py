@@ -1311,6 +1311,8 @@ def train(args, checkpoint, at_end):
     device = pick_device(args.device, local_rank)
     dtype, autocast = pick_autocast(args.dtype, device)
     card = device.type
+    if device.type == "cpu" and args.device is None and args.model != "tiny":
+        print0("NOTE: PyTorch sees no GPU, and a CPU takes minutes for one step of such a model")
     if device.type == "cuda":
         card = torch.cuda.get_device_name(device)
         torch.cuda.set_device(device)
