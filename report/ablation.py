@@ -98,13 +98,16 @@ def untied_head(factor):
     train_gpt2.GPT.__init__ = untied_init
     train_gpt2.make_optimizers = with_rate
 
+SwiGLU = train_gpt2.MLP  # under a name of its own, since the patches below replace it
+
 class EqualMLP(nn.Module):
     """Two matrices that have together as many weights as SwiGLU's three."""
 
     def __init__(self, activation, config):
         super().__init__()
-        swiglu = 64 * math.ceil(8 * config.n_embd / 3 / 64)
-        hidden = swiglu * 3 // 2
+        # on the meta device, where modules have shapes and draw no random numbers
+        with torch.device("meta"):
+            hidden = 3 * SwiGLU(config).c_up.out_features // 2
         self.activation = activation
         self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
