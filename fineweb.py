@@ -45,6 +45,7 @@ that end in .tmp are what an interrupted run left behind, and you may remove the
 """
 import argparse
 import collections
+import functools
 import glob
 import gzip
 import hashlib
@@ -87,6 +88,36 @@ def write_shard(path, tokens, vocab_size=0):
     with open(path, "wb") as file:
         file.write(header.tobytes())
         file.write(np.ascontiguousarray(tokens, "<u2").data)
+
+
+def find_shards(pattern):
+    """The paths that match a glob pattern, sorted; how many tokens each shard has; and how many ids
+    their vocabulary, which has to be the same for all. Ends the program if a file is no shard."""
+    paths = sorted(glob.glob(str(pattern)))
+    if not paths:
+        sys.exit(f"error: no file {pattern} in {os.getcwd()}: a run needs NAME_train_*.bin and "
+                 f"NAME_val_*.bin, which `python fineweb.py` makes; see --input_bin")
+    lengths = []
+    vocab_sizes = []
+    for path in paths:
+        header = np.fromfile(path, "<i4", HEADER_INTS)
+        # The file is as long as its header says, unless a download or a copy was cut off.
+        is_shard = header[:2].tolist() == [SHARD_MAGIC, SHARD_VERSION]
+        if not is_shard or os.path.getsize(path) != header.nbytes + 2 * int(header[2]):
+            sys.exit(f"error: {path} is no whole token shard: get it again with fineweb.py")
+        lengths.append(int(header[2]))
+        vocab_sizes.append(int(header[3]) or VOCAB_SIZE["gpt2"])
+        if vocab_sizes[-1] != vocab_sizes[0]:
+            sys.exit(f"error: {paths[0]} has a vocabulary of {vocab_sizes[0]} ids, and {path} one "
+                     f"of {vocab_sizes[-1]}: train on shards of one vocabulary")
+    return paths, lengths, vocab_sizes[0]
+
+
+# Only the shards in use are kept open: a system lets a program have some 1000 files open.
+@functools.lru_cache(maxsize=4)
+def read_shard(path):
+    """A shard's tokens (uint16) as a memory map: nothing is read before it is used."""
+    return np.memmap(path, "<u2", "r", offset=4 * HEADER_INTS)
 
 
 class ShardWriter:
@@ -134,7 +165,7 @@ def make_folder(folder):
     """Makes a folder for shards, unless it exists. Git ignores what is in it, as gigabytes do not
     belong in a commit."""
     if not folder.exists():
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / ".gitignore").write_text("*\n")
 
 

@@ -14,6 +14,12 @@ Training lowers the mean loss. Each step runs the model on some text, computes t
 loss, and moves every weight a little. A run takes hundreds to tens of thousands of steps. Nobody
 has to label anything: the right answer at each position is the id that follows in the text.
 
+The file has two parts.
+    I   The algorithm: 1 the model, 2 the loss, 3 the data, 4 the optimizer, 5 training. It ends
+        with the training loop, and is all you need to read.
+    II  What part I calls, and the command line: how to be fast, to run on any machine, not to lose
+        work, and to use a trained model.
+
 Letters and words in comments:
     B   batch: how many sequences are processed side by side
     T   time: the position in a sequence, or how many positions there are
@@ -21,38 +27,34 @@ Letters and words in comments:
     D   the width of one attention head, C / n_head
     V   vocabulary: how many different ids there are
     N   B * T, all tokens of a batch in one row
-    fp32, bf16   32-bit numbers, and 16-bit ones with the same range but only 2 to 3 decimal digits.
-                 bf16 takes half the memory and is several times as fast. autocast is PyTorch's way
-                 of using it for the operations that do not need more digits.
-    kernel       one function that runs on the GPU
+    fp32, bf16   32-bit numbers, and 16-bit ones with the same range but only 2 to 3 decimal digits,
+                 which take half the memory and are several times as fast to multiply
+    tiny, d12    two of the sizes that one can train: 4 layers for a laptop, and GPT-2's smallest,
+                 with 12 layers
 
 Launch it:
-    python train_gpt2.py                       a minute on a laptop: it learns to write Python
+    python train_gpt2.py                       a minute or two on a laptop: it learns Python
     python fineweb.py                          downloads FineWeb, 10 billion tokens of web pages
     python train_gpt2.py --model d12           trains the shape of GPT-2's 124M on them, on one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --model d12       the same on eight
     python train_gpt2.py --sample logtiny/best.pt --prompt "def "            let it write
     python train_gpt2.py --resume --output_dir log124M    goes on after a crash, Ctrl-C, a full disk
 
-The sections: 1 the model, 2 the loss, 3 the data, 4 the optimizer, 5 evaluate and sample, 6 the
-settings, 7 training, 8 to and from Hugging Face. The training loop ends section 7, and all that it
-uses comes before it.
-
 The model is a variant of GPT-2 with what became usual after it: RMSNorm, rotary positions,
 grouped-query attention, QK-norm, SwiGLU, and no biases. You need not know these words: each is
 explained where it is built. Each is also a switch, and --arch gpt2 turns all of them back to 2019.
 Names such as wte, c_proj and lm_head are GPT-2's own, and the flags have the names of llm.c, GPT-2
 training in C (https://github.com/karpathy/llm.c). report/one_step.py shows one training step with
-real numbers, to be read beside this file.
+real numbers: run it when you have read part I.
 """
 
 import argparse
 import contextlib
 import copy
 import datetime
+import errno
 import functools
 import gc
-import glob
 import importlib.util
 import math
 import os
@@ -60,8 +62,6 @@ import shlex
 import signal
 import sys
 import time
-import traceback
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -75,12 +75,14 @@ import torch.nn.functional as F
 import fineweb
 import hellaswag
 
+# =================================================================================================
+# PART I: THE ALGORITHM
+
 # -------------------------------------------------------------------------------------------------
 # 1. The model
 
 # Every part below also exists in a standard class of Hugging Face's transformers library, so that
-# other programs can open what we train. This is why some newer ideas are left out (squared ReLU,
-# capped logits, value embeddings).
+# other programs can open what we train.
 
 # The switches that have a name, and what each may be: first the variant's, then GPT-2's.
 SWITCHES = {"norm": ("rmsnorm", "layernorm"), "mlp": ("swiglu", "gelu"), "pos": ("rope", "learned")}
@@ -95,7 +97,7 @@ class GPTConfig:
 
     n_layer: int = 12         # blocks, one after the other
     n_head: int = 12          # attention heads, side by side in each block
-    n_kv_head: int = 6        # key/value heads: two query heads share one; GPT-2 has n_head of them
+    n_kv_head: int | None = None  # key/value heads; None: half as many as n_head; GPT-2 has n_head
     n_embd: int = 768         # C, numbers in the vector of one position
     block_size: int = 1024    # the longest sequence, in tokens
     vocab_size: int = 50257   # V, ids that exist
@@ -106,19 +108,23 @@ class GPTConfig:
     qk_norm: bool = True      # normalize each head's queries and keys; GPT-2 does not
 
     def __post_init__(self):
+        if self.n_kv_head is None:
+            # two query heads share one, if they come in pairs (the 25 of the largest size do not)
+            self.n_kv_head = self.n_head // 2 if self.n_head % 2 == 0 else self.n_head
         # a head's width must be even, because rotary positions rotate pairs of numbers
-        divide = self.n_embd % (2 * self.n_head) == 0 and self.n_head % self.n_kv_head == 0
-        known = all(getattr(self, switch) in names for switch, names in SWITCHES.items())
-        if not (divide and known):
-            raise ValueError(f"n_embd must be a multiple of 2 n_head, n_head one of n_kv_head, and "
-                             f"switches one of {SWITCHES}, but this is {self}")
+        if self.n_embd % (2 * self.n_head) or self.n_head % self.n_kv_head:
+            raise ValueError(f"n_embd must be a multiple of 2 n_head, and n_head one of n_kv_head, "
+                             f"but this is {self}")
+        for switch, names in SWITCHES.items():
+            if getattr(self, switch) not in names:
+                raise ValueError(f"{switch} must be one of {names}, but this is {self}")
 
 
 class RMSNorm(nn.Module):
     """Divides each vector by its root mean square, and scales each channel by a gain it learns.
 
     x (..., dim) -> the same shape and dtype (https://arxiv.org/abs/1910.07467). Every block adds
-    its result to the vectors, so they get longer from block to block. Each part of the model
+    its result to the vectors, so their numbers grow from block to block. Each part of the model
     therefore reads a copy that is scaled to one size.
     GPT-2's LayerNorm also subtracts the mean and adds a bias. That turned out not to be needed.
     """
@@ -159,7 +165,8 @@ def make_norm(config):
 # is the same as if q were not rotated, and k by the difference:
 #     R(a) q · R(b) k = q · R(-a) R(b) k = q · R(b - a) k
 # So a score depends on the distance b - a alone: "three tokens ago" looks the same everywhere in
-# the text.
+# the text. (Distances longer than any in training are new to the model all the same, so do not
+# expect it to read further than the sequences that it has learned from.)
 
 def rope_tables(T, D, base=10000.0):
     """cos and sin of every angle, each (T, D/2).
@@ -174,13 +181,19 @@ def rope_tables(T, D, base=10000.0):
 
 
 def apply_rope(x, cos, sin):
-    """Rotates queries or keys x (B, T, heads, D) by their time. cos and sin are (T, D/2)."""
+    """Rotates queries or keys x (B, T, heads, D) by their time. cos and sin are (T, D/2).
+
+    A pair (a, b) of channels, rotated by an angle:
+
+        | cos  -sin |   | a |
+        | sin   cos | · | b |
+    """
     # (T, 1, D/2): the angle depends on time, dimension 1 of x, and is the same for every head
     cos = cos.unsqueeze(1)
     sin = sin.unsqueeze(1)
-    # the two members of every pair
+    # the first and the second members of all pairs
     a, b = x.chunk(2, dim=-1)  # (B, T, heads, D/2) both
-    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    rotated = torch.cat((cos * a - sin * b, sin * a + cos * b), dim=-1)
     # the tables are fp32, so the products are too; go back to what x was
     return rotated.to(x.dtype)
 
@@ -193,29 +206,24 @@ def causal_attention(q, k, v):
 
         k = k.repeat_interleave(n_head // n_kv_head, dim=1)     # one for each query head,
         v = v.repeat_interleave(n_head // n_kv_head, dim=1)     # (B, n_head, T, D)
-        scores = q @ k.mT / math.sqrt(D)                        # (B, n_head, T, T)
+        scores = q @ k.transpose(2, 3) / math.sqrt(D)           # (B, n_head, T, T)
         future = torch.ones(T, T).triu(1).bool()                # row t, column u: True where u > t
         scores = scores.masked_fill(future, -math.inf)          # nobody may look at the future
         return F.softmax(scores, dim=-1) @ v                    # a weighted mean of the values
 
+    The future is hidden because the answer stands there: the token that a position has to predict
+    is the one behind it.
+
     Why divide by sqrt(D)? A dot product adds up D products. If the numbers are random, of standard
-    deviation 1, their sum has the standard deviation sqrt(D). Without the division the largest
-    score of a row would take all of the softmax. The derivative of a softmax is p (1 - p), which is
-    0 at p = 1 and at p = 0, so no position would get a gradient.
+    deviation 1, their sum has the standard deviation sqrt(D), and the largest score of a row would
+    take nearly all of the softmax. A softmax passes gradients on as p (1 - p) to the score of its
+    own position, and as -p p' to that of another. All of these are near 0 where one p is near 1
+    and the others near 0: such a row could hardly learn to look somewhere else. (So the division
+    is for numbers of size 1. If they are smaller it does no good: the lab's experiment 2.)
     """
     # Flash attention (https://arxiv.org/abs/2205.14135) gives the same numbers, computed tile by
-    # tile in the small fast memory of the chip, so that no (T, T) matrix is ever stored. PyTorch
-    # has it. On a CPU it is faster in fp32 (tiny's: 5 ms instead of 13, on an AMD Zen 4). On a GPU
-    # in fp32 it does not exist for shared keys, so there each query head gets its own copy.
-    if q.device.type == "cpu":
-        q, k, v = q.float(), k.float(), v.float()
-    if q.device.type == "cuda" and q.dtype == torch.float32:
-        k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
-        v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
-    grouped = q.size(1) != k.size(1)
-    # autocast would turn the fp32 q, k and v of a CPU into bf16 again: switch it off
-    with torch.autocast(q.device.type, enabled=False):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    # tile in the small fast memory of the chip, so that no (T, T) matrix is ever stored.
+    return flash_attention(q, k, v)
 
 
 class CausalSelfAttention(nn.Module):
@@ -225,9 +233,8 @@ class CausalSelfAttention(nn.Module):
     channels. So one may look for the verb, and another for the matching bracket. In grouped-query
     attention (https://arxiv.org/abs/2305.13245) query heads 0 and 1 share key/value head 0, heads
     2 and 3 share head 1, and so on. Why? A program that writes text with a trained model usually
-    keeps the keys and values of all earlier positions, instead of computing them again for each
-    new token as generate() does. With half the heads they take half the memory. (It also saves
-    some weights.)
+    keeps the keys and values of all earlier positions, so as not to compute them again for each
+    new token. With half the heads they take half the memory. (It also saves some weights.)
     """
 
     def __init__(self, config):
@@ -253,10 +260,10 @@ class CausalSelfAttention(nn.Module):
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
         if self.qk_norm:
-            # QK-norm: after it every q and k has length sqrt(D) (times the gain), so that a score
-            # lies between -sqrt(D) and sqrt(D), however large c_q and c_k grow. At a high learning
-            # rate a softmax would otherwise get stuck on one position
-            # (https://arxiv.org/abs/2302.05442).
+            # QK-norm: after it every q and k has length sqrt(D) (times the gain). A dot product is
+            # then at most D, and a score, which is divided by sqrt(D), at most sqrt(D), however
+            # large c_q and c_k grow. At a high learning rate a softmax would otherwise get stuck on
+            # one position (https://arxiv.org/abs/2302.05442).
             q = self.q_norm(q)
             k = self.k_norm(k)
         if rope is not None:
@@ -275,10 +282,19 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """Multi-layer perceptron: works on what attention has brought to a position, each by itself.
 
-    GPT-2's MLP widens the vector to 4C, applies GELU (a smooth ReLU), and goes back to C. SwiGLU
-    (https://arxiv.org/abs/2002.05202) makes two wide vectors, and one of them, the gate, decides
-    how much of the other passes. It has three matrices instead of two, so each gets 2/3 of the
-    width 4C, which is 8/3 C, and the cost stays the same.
+    Attention only takes means, and a mean of vectors is nothing new. Somebody has to draw
+    conclusions from them, and that takes a function which is no straight line. GPT-2's MLP widens
+    the vector to 4C, applies GELU (a smooth ReLU), and goes back to C:
+
+        y = c_proj(gelu(c_fc(x)))
+
+    SwiGLU (https://arxiv.org/abs/2002.05202) makes two wide vectors, and one of them, the gate,
+    decides how much of the other passes:
+
+        y = c_down(silu(c_gate(x)) * c_up(x))
+
+    It has three matrices instead of two. So each gets 2/3 of the width 4C, which is 8/3 C, and the
+    cost stays the same.
     """
 
     def __init__(self, config):
@@ -286,7 +302,7 @@ class MLP(nn.Module):
         self.swiglu = config.mlp == "swiglu"
         if self.swiglu:
             # Rounded up to a multiple of 64, because GPUs multiply matrices in blocks. From C = 768
-            # on this adds at most 1 %. At C = 128, 341 become 384: an eighth more weights.
+            # on that adds at most 1.3 %. (In tiny, 341 become 384: an eighth more weights.)
             hidden = 64 * math.ceil(8 * config.n_embd / 3 / 64)
             self.c_gate = nn.Linear(config.n_embd, hidden, bias=config.bias)
             self.c_up = nn.Linear(config.n_embd, hidden, bias=config.bias)
@@ -310,6 +326,10 @@ class Block(nn.Module):
     The x that runs through all blocks is called the residual stream. A block reads a normalized
     copy of it (pre-norm) and writes by adding. Adding passes gradients on unchanged. So they reach
     the first block as directly as the last one, and deep models can be trained.
+
+    GPT-2 also had dropout here, x + dropout(attn(...)): in training it sets random numbers to 0, so
+    that a model cannot learn its texts by heart. A model that reads ten billion tokens once cannot
+    do that anyway, and so has none today. If you read a small text many times, this is the place.
     """
 
     def __init__(self, config):
@@ -337,8 +357,8 @@ class GPT(nn.Module):
             attention          (4, 1024, 768)        the heads side by side, added to x
             gate, up           (4, 1024, 2048)       8/3 of 768
             MLP                (4, 1024, 768)        added to x
-        ln_f                   (4096, 768)           all tokens, one below the other
-        lm_head                (4096, 50304)         a score for every id
+        ln_f                   (4, 1024, 768)
+        lm_head                (4096, 50304)         a score for every id, all tokens in one row
         loss                   one number            the mean over 4096 predictions
     """
 
@@ -346,13 +366,14 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         # GPUs are slow at odd widths like 50,257, so the table is padded to a multiple of 64, here
-        # 50,304. No text has the extra ids, and their scores are set to -inf.
+        # 50,304. No text has the extra ids, and forward() sets their scores to -inf. So their rows
+        # have a gradient of exactly 0, and never learn anything.
         padded_vocab_size = 64 * math.ceil(config.vocab_size / 64)
         # GPT-2's names: wte is the embedding, a table with a vector for each id; wpe is the one for
         # positions; h are the blocks, and ln the norms, also where they are RMSNorm.
         self.transformer = nn.ModuleDict()
         self.transformer["wte"] = nn.Embedding(padded_vocab_size, config.n_embd)
-        self.transformer["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.transformer["h"] = nn.ModuleList(Block(config) for layer in range(config.n_layer))
         self.transformer["ln_f"] = make_norm(config)
         if config.pos == "learned":
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
@@ -366,22 +387,17 @@ class GPT(nn.Module):
         # vector with the id's row. Ids that are used alike get similar rows, which serves both ends
         # (https://arxiv.org/abs/1608.05859). With two tables d12 would have 155M weights, a third
         # more. Some newer scripts pay that, and learn faster with it. In runs of 3M tokens with
-        # 50,257 ids two tables were no better than one (report/README.md).
-        #
-        # You can see it before the first step. The blocks have added little yet, so the final
-        # vector still looks like the row of the token that came in, and that token gets the highest
-        # score: an untrained model expects every token to come twice. In Python's source 23 % of
-        # the bytes do repeat the one before them. These cost 3.90 nats and the others 5.60, which
-        # is why the default run begins at 5.22, below the ln 257 = 5.55 of guessing.
+        # 50,257 ids two tables were no better than one (report/README.md). Leave this line out to
+        # have two. (Looking up a row costs nothing, so flops_per_token() must then not count wte.)
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
     def init_weights(self):
         """Random matrices and tables of standard deviation 0.02, as in nanoGPT and llm.c.
 
-        Why 0.02? The input of a matrix has been normalized, so its numbers have a size of 1. An
-        output is a sum of C products, and at C = 768 its size is 0.02 * sqrt(768) = 0.55, neither
-        huge nor tiny. With weights of size 1 it would be 28. (Gains are 1 already.)
+        Why 0.02? Most matrices read a normalized vector, whose numbers have a size of 1. An output
+        is a sum of C products, and at C = 768 its size is 0.02 * sqrt(768) = 0.55, neither huge nor
+        tiny. With weights of size 1 it would be 28. (Gains are 1 already.)
         """
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -392,22 +408,6 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
-
-    # How many digits does all this need? A floating-point number has some bits for its exponent,
-    # which says how large it is, and some for its fraction, which holds its digits:
-    #
-    #              exponent  fraction   next to 1 comes
-    #     fp32        8         23      1.0000001
-    #     TF32        8         10      1.001        (not stored: a GPU may round the inputs of a
-    #     bf16        8          7      1.008        matrix product in fp32 to it, for speed)
-    #
-    # Matrix products do well in bf16 (also those of lm_head, and of the optimizer Muon), and so
-    # does the residual stream. Where many numbers are added up, 2 to 3 digits are too few: the
-    # norms, every softmax and the loss are computed in fp32, and so is the rotation of RoPE. The
-    # weights themselves, their gradients and the optimizer's averages stay in fp32 all the time. A
-    # step changes a weight by a percent or two where the learning rate is highest, and by far less
-    # as it falls. bf16 would round much of that away, since its next number is up to 0.8 % further.
-    # In a run in fp32 nothing is bf16; on a GPU all products are TF32.
 
     def features(self, idx):
         """Token ids (B, T), T <= block_size -> what lm_head reads, (B, T, C)."""
@@ -420,9 +420,8 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe.weight[:T]  # (T, C), the same for every sequence
         else:
             rope = (self.cos[:T], self.sin[:T])
-        if torch.is_autocast_enabled(x.device.type):
-            # The table is fp32, like all weights. From here on the stream is bf16: half the memory.
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        # In bf16, if that is what we compute in (section 5): half the memory.
+        x = x.to(compute_dtype(x))
         for block in self.transformer.h:
             x = block(x, rope)
         # nn.LayerNorm may return fp32 here: go back to what x is
@@ -436,10 +435,9 @@ class GPT(nn.Module):
         """
         x = self.features(idx)
         if targets is not None:
-            x = x.flatten(0, 1)  # (N, C)
-            targets = targets.flatten()  # (N,)
-            # F.cross_entropy, in less memory: section 2
-            return HeadLoss.apply(x, self.lm_head.weight, targets, self.config.vocab_size)
+            # (B, T, C) -> (N, C) and (B, T) -> (N,)
+            return head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
+                             self.config.vocab_size)
         logits = self.lm_head(x).float()
         logits[..., self.config.vocab_size :] = -math.inf
         return logits
@@ -448,92 +446,37 @@ class GPT(nn.Module):
 # -------------------------------------------------------------------------------------------------
 # 2. The loss
 
-# In plain form, with x (N, C) from features() and W (V, C) the weight of lm_head:
+# forward() ends with head_loss(), which lm_head belongs to. In plain form, with x (N, C) from
+# features() and W (V, C) the weight of lm_head, it is
 #
 #     logits = x @ W.T                            # (N, V), a score for every id
 #     loss = F.cross_entropy(logits, targets)     # mean of -log softmax(logits)[target]
 #
-# That is all there is to the loss, which is called the cross-entropy. But the logits of 64
-# sequences of 1024 tokens take 64 * 1024 * 50,304 * 4 bytes = 13 GB in fp32, and autograd would
-# keep more than one copy of them until the backward pass. A bit of calculus avoids that. Let z be
-# the logits of one token and y its target. The loss is
+# This is called the cross-entropy, and it is all there is to the loss. A bit of calculus shows what
+# it does. Let z be the logits of one token and y its target. The loss is
 #
 #     -log softmax(z)[y] = log(sum(exp(z))) - z[y]
 #
-# and its derivative with respect to z is softmax(z), with 1 subtracted at y. That is the signal
-# which all of training comes from: lower every id's score by the probability that it was given, and
-# raise the right one's by 1. It needs no more than the logits themselves. So HeadLoss takes a slice
-# of the tokens, computes their logits, loss and gradients at once, and forgets the logits.
-
-# Tokens in a slice. More fill a GPU better, fewer take less memory: with 4 bytes for a logit in
-# fp32 and 2 in bf16, 16,384 * 50,304 * 6 bytes = 5 GB at most.
-HEAD_ROWS = 16384
-
-
-class HeadLoss(torch.autograd.Function):
-    """The mean cross-entropy, computed for a slice of the tokens at a time.
-
-    Features x (N, C), the weight of lm_head (padded V, C), targets (N,) and the number of real ids
-    -> a scalar, nats a token. An autograd.Function brings its own backward(). What that needs from
-    forward() is kept in ctx: here the finished gradients, which it only has to scale.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size):
-        # whether a backward pass will follow; in evaluate(), under torch.no_grad(), none does
-        need_gradient = ctx.needs_input_grad[0]
-        if need_gradient:
-            dx = torch.empty_like(x)
-            # fp32 like the weight, because the gradients of all slices add up in it
-            dw = torch.zeros_like(weight)
-        # in the precision of x, which is bf16 under autocast: cast once, and not in every slice
-        weight = weight.to(x.dtype)
-        # A list, and not a running sum: given that, torch.compile computes the logits of all slices
-        # before it goes on.
-        losses = []
-        for start in range(0, len(x), HEAD_ROWS):
-            rows = slice(start, start + HEAD_ROWS)
-            logits = x[rows] @ weight.T  # (rows, padded V)
-            # ids that only pad the table get no probability
-            logits[:, vocab_size:] = -math.inf
-            log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-            del logits  # as long as it has a name, a tensor keeps its memory
-            target = targets[rows].unsqueeze(1)  # (rows, 1)
-            log_p_target = log_p.gather(1, target)
-            losses.append(-log_p_target.sum())
-            if need_gradient:
-                # p, and p - 1 at the target. A p of 0.999 would be rounded to 1.0 in bf16, and
-                # 1.0 - 1 is no gradient at all. So subtract first: expm1(log p) is p - 1. (exp_
-                # writes p over log p, which saves memory.)
-                dlogits = log_p.exp_().to(x.dtype)
-                dlogits.scatter_(1, target, log_p_target.expm1().to(x.dtype))
-                # logits = x W^T, so the gradient of x is dlogits W, and that of W is dlogits^T x
-                dx[rows] = dlogits @ weight
-                dw += dlogits.T @ x[rows]
-                del dlogits
-            del log_p
-        if need_gradient:
-            ctx.save_for_backward(dx, dw)
-            ctx.num_tokens = len(x)
-        return torch.stack(losses).sum() / len(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        # dx and dw belong to the sum of the losses, and the loss is their mean, so divide. grad is
-        # what backward() was called on, as a multiple of the loss: 1, or less if train() has
-        # divided the loss before.
-        scale = grad / ctx.num_tokens
-        # one gradient for each input of forward(); the last two need none
-        return dx * scale, dw * scale, None, None
-
+# The derivative of the first term with respect to z[i] is exp(z[i]) / sum(exp(z)), which is
+# softmax(z)[i] again, the probability of id i. That of the second is 1 for i = y, and 0 for others:
+#
+#     d loss / d z  =  softmax(z), with 1 subtracted at y
+#
+# That is the signal which all of training comes from: lower every id's score by the probability
+# that it was given, and raise the right one's by 1.
+#
+# Why not call F.cross_entropy, then? The logits of 64 sequences of 1024 tokens take
+# 64 * 1024 * 50,304 * 4 bytes = 13 GB in fp32, and more than one copy of them would be kept until
+# the backward pass. But the gradient needs no more than the logits themselves. So head_loss() takes
+# a slice of the tokens, computes their logits, loss and gradients at once, and forgets the logits
+# (section 6). The numbers are the same.
 
 # -------------------------------------------------------------------------------------------------
 # 3. The data
 
-# A corpus is one long sequence of token ids, cut into files called shards (fineweb.py makes them
-# and explains the format). Training reads pieces of T + 1 ids out of it, and makes x and y of
-# each:
+# A corpus is one long sequence of token ids, cut into files called shards. fineweb.py makes them,
+# and tells how text becomes tokens. Training reads pieces of T + 1 ids out of it, and makes x and y
+# of each:
 #
 #     text   The   dog   is    a  good  dog     .  The  cat sleeps     .
 #     ids    464  3290  318  257   922 3290    13  383 3797  44263    13     11 tokens, so T = 10
@@ -545,28 +488,6 @@ class HeadLoss(torch.autograd.Function):
 # gives not one but T predictions to learn from. And this is why attention may not look ahead: it
 # would find the answer in x[t + 1].
 
-def read_shard(path):
-    """Returns the shard's tokens (uint16) and vocab_size, how many different ids there can be.
-
-    A shard is 256 whole numbers, and then its tokens, 2 bytes each: see fineweb.py. The tokens are
-    a memory map: nothing is read from the disk before it is used.
-    """
-    header = np.fromfile(path, "<i4", fineweb.HEADER_INTS)
-    # the file is as long as its header says, unless a download or a copy was cut off
-    is_shard = header[:2].tolist() == [fineweb.SHARD_MAGIC, fineweb.SHARD_VERSION]
-    if not is_shard or os.path.getsize(path) != header.nbytes + 2 * int(header[2]):
-        sys.exit(f"error: {path} is no whole token shard: get it again with fineweb.py")
-    # a shard that does not say how many (llm.c's, and those that fineweb.py downloads) has GPT-2's
-    vocab_size = int(header[3]) or fineweb.VOCAB_SIZE["gpt2"]
-    return np.memmap(path, "<u2", "r", offset=header.nbytes), vocab_size
-
-
-@functools.lru_cache(maxsize=4)
-def permutation(n, *key):
-    """The numbers 0 ... n - 1 in a random order. It is the same each time for the same key."""
-    return np.random.default_rng(key).permutation(n)
-
-
 class TokenLoader:
     """Sequences out of all shards that match a glob pattern. An epoch uses each of them once.
 
@@ -576,41 +497,33 @@ class TokenLoader:
         piece = tokens[i * T : i * T + T + 1]
         x, y = piece[:-1], piece[1:]
 
-    A shard of n tokens has (n - 1) // T rows, and the (n - 1) mod T tokens that are left over at
-    its end are never used. In which order? With a seed, each epoch visits the shards in a random
-    order, and the rows of each shard in a random order; with seed None, as they lie. Sequences are
-    numbered through the whole run. For example shard 0 has 3 rows and shard 1 has 2. An epoch then
-    has 5 sequences, and may be:
+    A shard of n tokens has (n - 1) // T rows, and the few tokens that are left over at its end are
+    never used. In which order? With a seed, each epoch visits the shards in a random order, and the
+    rows of each shard in a random order; with seed None, as they lie. Sequences are numbered
+    through the whole run. For example shard 0 has 3 rows and shard 1 has 2. An epoch then has 5
+    sequences, and may be:
 
         number   0   1   2   3   4
         shard    1   1   0   0   0         the shards in random order
         row      1   0   2   0   1         the rows of each in random order
 
     Number 5 begins the next epoch, in another order. Which row has number 4 follows from the number
-    and the seed alone, so there is no state to save. Each of eight processes can find its share,
-    and a run resumed at step 1000 reads what it would have read.
+    and the seed alone, so there is no state to save: a run that is resumed at step 1000 reads what
+    it would have read. (NumPy keeps its random orders from version to version by habit, and does
+    not promise it: go on with the version of NumPy that you began with.)
 
     Rows are cut without regard to texts: one may begin in the middle of a text and hold several,
-    with <|endoftext|>, the id that marks where a text begins, in between. May a position then look
-    into the text before its own? Yes. The model learns that what stands before <|endoftext|> does
-    not matter. A mask would forbid it, but takes more code and gains nothing that one would notice:
-    nanochat (https://github.com/karpathy/nanochat) measured 0.85407 with it and 0.85427 without,
-    in bits a byte, which is the loss in another unit.
+    with <|endoftext|>, the id that marks where a text begins, in between. The model learns that
+    what stands before this mark does not matter.
     """
 
     def __init__(self, pattern, T, seed=None):
         self.T = T
         self.seed = seed
-        self.paths = sorted(glob.glob(str(pattern)))
-        if not self.paths:
-            sys.exit(f"error: no file {pattern} in {os.getcwd()}: a run needs NAME_train_*.bin and "
-                     f"NAME_val_*.bin, which `python fineweb.py` makes; see --input_bin")
-        self.shards, vocab_sizes = zip(*map(read_shard, self.paths), strict=True)
-        self.vocab_size = vocab_sizes[0]  # all shards of a corpus have the same
-        names = {size: name for name, size in fineweb.VOCAB_SIZE.items()}
-        self.tokenizer = names[self.vocab_size]
+        # their paths, how many tokens each has, and how many different ids there are in all
+        self.paths, lengths, self.vocab_size = fineweb.find_shards(pattern)
         # rows in each shard, and sequences in an epoch
-        self.counts = [max(0, len(tokens) - 1) // T for tokens in self.shards]
+        self.counts = [max(0, n - 1) // T for n in lengths]
         self.total = sum(self.counts)
 
     def order(self, n, *key):
@@ -621,7 +534,7 @@ class TokenLoader:
         """Returns the shard and the row of sequence `number` of the run."""
         epoch, number = divmod(number, self.total)
         # go through the shards in this epoch's order, until one has so many rows
-        for shard in self.order(len(self.shards), epoch):
+        for shard in self.order(len(self.paths), epoch):
             if number < self.counts[shard]:
                 # and through the rows of that shard, in their order
                 return shard, self.order(self.counts[shard], epoch, shard)[number]
@@ -633,19 +546,45 @@ class TokenLoader:
         for i in range(count):
             shard, row = self.locate(first + i)
             start = row * self.T
-            rows[i] = self.shards[shard][start : start + self.T + 1]
-            # without this check a GPU stops with an error that does not say why
-            if rows[i].max() >= self.vocab_size:
-                sys.exit(f"error: {self.paths[shard]} holds id {rows[i].max()}, but its vocabulary "
-                         f"has {self.vocab_size}: make it again with fineweb.py")
-        rows = torch.from_numpy(rows)
-        if torch.device(device).type == "cuda":
-            # from pinned memory, which the system may not move, the copy runs beside the GPU's work
-            rows = rows.pin_memory().to(device, non_blocking=True)
-        else:
-            rows = rows.to(device)
+            rows[i] = fineweb.read_shard(self.paths[shard])[start : start + self.T + 1]
+            check_ids(rows[i], self.vocab_size, self.paths[shard])
+        rows = to_device(torch.from_numpy(rows), device)
         # contiguous() copies: shifted views of one tensor gave wrong results on Apple's GPUs
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(n, *key):
+    """The numbers 0 ... n - 1 in a random order. It is the same each time for the same key.
+
+    locate() asks for it once for each sequence, so the last few are kept: one for the shards, and
+    one for the rows of the shard at hand.
+    """
+    return np.random.default_rng(key).permutation(n)
+
+
+@torch.no_grad()
+def evaluate(model, data, num_sequences, batch_size=16, autocast=contextlib.nullcontext,
+             rank=0, world_size=1):
+    """The mean loss of the first num_sequences of data, a TokenLoader, in nats a token.
+
+    data is text that the model never learns from, so a model that has only memorized does badly.
+    (Do not wonder if this loss is below the training loss: it is the mean over much text, of one
+    and the same model, and the other that of a single batch before it was learned from.)
+    With several GPUs this is process number rank of world_size, and does its share.
+    """
+    device = next(model.parameters()).device
+    loss_sum = 0.0
+    # Processes take turns by batch, and each sequence counts once. So the mean is the same for any
+    # number of processes and any batch size, and runs can be compared.
+    for first in range(rank * batch_size, num_sequences, world_size * batch_size):
+        count = min(batch_size, num_sequences - first)
+        x, y = data.batch(first, count, device)
+        with autocast():
+            loss = model(x, y)
+        loss_sum += loss.item() * count
+    # what all processes have found, added up
+    return all_sum([loss_sum], device)[0] / num_sequences
 
 
 # -------------------------------------------------------------------------------------------------
@@ -660,35 +599,39 @@ class TokenLoader:
 #     w -= lr * (m / (sqrt(v) + eps) + weight_decay * w)
 #
 # m smooths the direction over about 10 steps. Dividing by sqrt(v) makes the size of the gradients
-# irrelevant: where all recent gradients agree, a step is about lr long. Where they point to and fro
-# at random, they mostly cancel in m, and a step is about 0.2 lr long. (The standard deviation of
-# such an average is sqrt((1 - 0.9) / (1 + 0.9)) = 0.23 of one.) eps avoids a division by 0. m and v
-# start at 0, so after n steps they are divided by 1 - 0.9^n and 1 - 0.95^n, the share of a full
-# average that they have. Weight decay pulls weights a little towards 0, so that those which the
-# data does not need fade.
+# irrelevant: where all recent gradients agree, a step is about lr long. Where they are now positive
+# and now negative at random, they mostly cancel in m, and a step is about 0.2 lr long. (The
+# standard deviation of such an average is sqrt((1 - 0.9) / (1 + 0.9)) = 0.23 of one.) eps avoids a
+# division by 0. m and v start at 0, so after n steps they are divided by 1 - 0.9^n and 1 - 0.95^n,
+# the share of a full average that they have. Weight decay pulls weights a little towards 0, so that
+# those which the data does not need fade.
 #
 # Muon (https://kellerjordan.github.io/posts/muon) is the newer optimizer, for the matrices of the
-# blocks. Where Adam evens out the sizes of single numbers, Muon looks at the matrix as a whole, and
-# evens out the directions in which it moves. First the function that does that:
+# blocks. Where Adam evens out the sizes of single numbers, Muon looks at the matrix as a whole. In
+# plain form, with g and w matrices:
+#
+#     m = 0.95 m + 0.05 g
+#     u = orthogonalize(0.95 m + 0.05 g)
+#     w -= lr * (0.2 sqrt(max(rows, cols)) * u + weight_decay * w)
+#
+# What is it to orthogonalize? Every matrix is a rotation W, a stretch S along each axis, and
+# another rotation U: the product U S W, with the stretches (the singular values) on the diagonal of
+# S. A gradient has a few large stretches and many tiny ones. So a plain step moves the matrix along
+# a few directions, and hardly along the others. But the small ones are not only noise: rare things
+# in the text give small gradients, and the same ones again and again. So Muon sets all stretches to
+# 1, which leaves U W, and every direction is learned at the same speed.
 
 def orthogonalize(matrices):
     """Makes all singular values of matrices (n, rows, cols) about 1. Same shape and dtype.
 
-    Every matrix is a rotation, a stretch along each axis, and another rotation. The stretches are
-    its singular values. A gradient has a few large ones and many tiny ones, so a plain step learns
-    a few directions and neglects the rest. The small ones are not only noise: rare things in the
-    text give small gradients, but the same ones again and again. With all of them set to 1, every
-    direction is learned at the same speed. The rows of such a matrix have length 1 and stand at
-    right angles to each other (if it has more rows than columns: its columns).
-
-    An exact decomposition (SVD) would take far too long. But write X = U S W, with rotations U and
-    W and the stretches S. A rotation times its transpose is 1, so X X^T X = U S W W^T S U^T U S W
-    = U S^3 W: the same rotations, and every stretch s becomes s^3. In X X^T X X^T X it becomes
-    s^5. So a weighted sum of the three, made of matrix products only, does this to each stretch:
+    To compute U and W themselves (an SVD) would take far too long. But X = U S W can be multiplied
+    with itself. A rotation times its transpose is 1, so X X^T X = U S W W^T S U^T U S W = U S^3 W:
+    the same rotations, and every stretch s becomes s^3. In X X^T X X^T X it becomes s^5. So a
+    weighted sum of the three, made of matrix products only, does this to each stretch:
         s -> a s + b s^3 + c s^5
     With the a, b and c below, doing this five times brings every s between 1/500 and 1 to between
     0.7 and 1.2. That is near enough to 1. Smaller ones stay smaller. (a, b and c were found by
-    search, see the link.)
+    search, see the link above.)
     """
     a, b, c = 3.4445, -4.775, 2.0315
     # X X^T is (rows, rows), and X^T X would be (cols, cols). Lay tall matrices on their side, so
@@ -710,15 +653,10 @@ class Muon(torch.optim.Optimizer):
     """Averages the gradients, makes the average orthogonal, and takes a step along it.
 
     It is for the matrices of the blocks, which turn one vector into another. The table wte is
-    left to AdamW. Its rows do not work together: each is the vector of one token and is looked up
-    alone, so there are no common directions to even out. (The table is also lm_head, which does
-    turn a vector into scores; Muon's author found AdamW better there, too, see the link.) dtype
-    is the precision of the products: bf16 is exact enough, but slow where the hardware lacks it.
-
-    torch.optim.Muon with adjust_lr_fn="match_rms_adamw" is the same, one matrix at a time. With
-    several GPUs every process repeats all of this: 4 % of a d12 step on eight H100s, calculated
-    and not measured. The speedrun (https://github.com/KellerJordan/modded-nanogpt) gives each GPU
-    its share instead.
+    left to AdamW: its rows do not work together, each is the vector of one token and is looked up
+    alone. (As lm_head it does turn a vector into scores; Muon's author found AdamW better there,
+    too.) dtype is the precision of the products: bf16 is exact enough, but slow where the hardware
+    lacks it. torch.optim.Muon with adjust_lr_fn="match_rms_adamw" is the same, a matrix at a time.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95, dtype=torch.bfloat16):
@@ -728,15 +666,10 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            # Matrices of one shape go through orthogonalize() together, because one large product
-            # is faster than many small ones.
-            same_shape = {}
-            for p in group["params"]:
-                same_shape.setdefault(p.shape, []).append(p)
-            for params in same_shape.values():
-                # At most 16 together: all those of a large model would need gigabytes here.
-                for start in range(0, len(params), 16):
-                    self.update(params[start : start + 16], group)
+            # One large product is faster than many small ones, so matrices of one shape go through
+            # orthogonalize() together, some at a time.
+            for params in split_by_shape(group["params"]):
+                self.update(params, group)
 
     def update(self, params, group):
         """One step of some matrices of the same shape, (rows, cols) each."""
@@ -744,13 +677,12 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             if p not in self.state:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            momentum = self.state[p]["momentum_buffer"]
-            # Momentum, the running average of the gradients: 0.95 momentum + 0.05 grad. (a.lerp(b,
-            # w) is (1 - w) a + w b.)
-            momentum.lerp_(p.grad, 1 - group["momentum"])
+            m = self.state[p]["momentum_buffer"]
+            # the running average, 0.95 m + 0.05 grad (a.lerp(b, w) is (1 - w) a + w b)
+            m.lerp_(p.grad, 1 - group["momentum"])
             # Nesterov's idea: step along what the average would be after one more such gradient,
-            # 0.95 momentum + 0.05 grad once more.
-            updates.append(p.grad.lerp(momentum, group["momentum"]).to(self.dtype))
+            # 0.95 m + 0.05 grad once more.
+            updates.append(p.grad.lerp(m, group["momentum"]).to(self.dtype))
         orthogonal = orthogonalize(torch.stack(updates))  # (n, rows, cols)
         # The rows of a wide matrix have length 1 now, and so entries of about 1 / sqrt(cols). A
         # tall one has 1 / sqrt(rows). Scale them to 0.2, as large as AdamW's steps are in practice:
@@ -762,37 +694,46 @@ class Muon(torch.optim.Optimizer):
             p.sub_(update, alpha=group["lr"])
 
 
-def make_optimizers(model, args, dtype):
-    """[AdamW], or with --optimizer muon [AdamW, Muon]: Muon has the matrices of the blocks."""
+def make_optimizers(model, optimizer="muon", learning_rate=4e-3, weight_decay=0.1,
+                    dtype="float32"):
+    """A list of optimizers, which together have every weight of the model once.
+
+    With optimizer "adamw" it is AdamW alone. With "muon" AdamW is the first, and Muon the second
+    has the matrices of the blocks. dtype: the precision of Muon's products.
+
+    What they cost in memory: 4 bytes for a weight, 4 for its gradient, 8 for AdamW's two averages
+    or 4 for Muon's one. That is 4.2 GB for d24, before it has read a single token.
+    """
     matrices = []
     decayed = []
     vectors = []
     for name, p in model.named_parameters():
         if p.dim() < 2:
             vectors.append(p)
-        elif args.optimizer == "muon" and name.startswith("transformer.h."):
+        elif optimizer == "muon" and name.startswith("transformer.h."):
             matrices.append(p)
         else:
             decayed.append(p)
     groups = [
         # the tables, and without Muon also the matrices
-        {"params": decayed, "weight_decay": args.weight_decay},
+        {"params": decayed, "weight_decay": weight_decay},
         # No decay for biases and gains. Decay is for weights that multiply: large ones make the
         # model oversensitive. A bias is only added, and a gain belongs near 1: at 0 its channel is
         # off.
         {"params": vectors, "weight_decay": 0.0},
     ]
     # 0.9 and 0.95 are GPT-3's (https://arxiv.org/abs/2005.14165). With PyTorch's usual 0.999, v
-    # would remember one unusual batch for 1000 steps. fused: one kernel updates all weights.
-    lr = args.learning_rate
-    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    if not matrices:
-        return [adamw]
-    return [adamw, Muon(matrices, lr, args.weight_decay, dtype=getattr(torch, dtype))]
+    # would remember one unusual batch for 1000 steps. fused: one kernel (a function that runs on
+    # the GPU) updates all weights.
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    optimizers = [adamw]
+    if matrices:
+        optimizers.append(Muon(matrices, learning_rate, weight_decay, dtype=getattr(torch, dtype)))
+    return optimizers
 
 
-def get_lr(step, args):
-    r"""The learning rate of a step.
+def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
+    r"""The learning rate of a step, out of num_iterations; learning_rate is the highest.
 
         wsd                        cosine
           ___                        _
@@ -801,347 +742,460 @@ def get_lr(step, args):
        /         \                /        `--.__
         warm up, stay, fall to 0   warm up, fall to a tenth
 
-    It warms up from a tenth, because at first the optimizers' averages rest on a few gradients,
-    and full steps would go astray. It falls because large steps jump to and fro across a valley of
-    the loss, and only small ones get down into it. wsd means warm up, stable, decay. MiniCPM, which
-    named it (https://arxiv.org/abs/2404.06395), decays over the last 10 to 20 % of a run; we fall
-    over the last 70 %, as the speedrun does (see https://arxiv.org/abs/2405.18392 for long falls).
-    What d12 gets at some of its 19,073 steps, if its highest rate is 2.4e-3 (original: 1.2e-3):
+    Why warm up? At first the optimizers' averages rest on a few gradients, and full steps would go
+    astray. Why fall? Large steps jump to and fro across a valley of the loss, and only small ones
+    get down into it. So two runs can only be compared at the end: on the way, the one whose rate is
+    still high looks worse than it is. wsd means warm up, stable, decay
+    (https://arxiv.org/abs/2404.06395). Its authors decay over the last 10 to 20 % of a run, and we
+    over the last 70 %, like https://github.com/KellerJordan/modded-nanogpt, the speedrun.
+    What d12 gets at some of its 19,073 steps (--recipe original is how this variant was first
+    trained, with half the rate and a longer warm-up):
 
         step                             0         125       10,000    19,072
         --recipe today      (wsd)        2.4e-4    1.3e-3    1.6e-3    1.8e-7
         --recipe original   (cosine)     1.2e-4    3.1e-4    6.5e-4    1.2e-4
     """
-    if step < args.warmup_iters:
-        return args.learning_rate * (0.1 + 0.9 * step / args.warmup_iters)
-    if args.schedule == "cosine":
-        progress = (step - args.warmup_iters) / max(1, args.num_iterations - args.warmup_iters)
-        falling = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 to 0
-        return args.learning_rate * (0.1 + 0.9 * falling)
-    if args.schedule == "wsd":
-        remaining = (args.num_iterations - step) / args.num_iterations  # from 1 to 0
-        return args.learning_rate * min(1.0, remaining / 0.7)
-    raise ValueError(f"no schedule is called {args.schedule}")
+    rise = 1.0
+    if step < warmup_iters:
+        rise = 0.1 + 0.9 * step / warmup_iters
+    if schedule == "cosine":
+        progress = (step - warmup_iters) / max(1, num_iterations - warmup_iters)  # from 0 to 1
+        fall = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * max(0.0, progress)))
+    elif schedule == "wsd":
+        remaining = (num_iterations - step) / num_iterations  # from 1 to 0
+        fall = min(1.0, remaining / 0.7)
+    else:
+        raise ValueError(f"no schedule is called {schedule}")
+    return learning_rate * min(rise, fall)
 
 
 # -------------------------------------------------------------------------------------------------
-# 5. Evaluate and sample
+# 5. Training
 
-# What follows only looks at a model. It works in a notebook as well, after `from train_gpt2 import
-# load_model, print_sample, evaluate, TokenLoader`:
+# In plain form, with all of the above, this is how a GPT is trained:
 #
-#     model, tokenizer = load_model("logtiny/best.pt", "cpu")
-#     print_sample(model, tokenizer, "def ")
-#     evaluate(model, TokenLoader("stdlib_py*/stdlib_val_*.bin", T=128), num_sequences=100)
+#     model = GPT(config)
+#     optimizers = make_optimizers(model)
+#     for step in range(num_iterations):
+#         x, y = train_data.batch(step * B, B, device)    # a text, and the same shifted by one
+#         loss = model(x, y)                              # how well is y foretold?
+#         loss.backward()                                 # the gradient of every weight
+#         nn.utils.clip_grad_norm_(model.parameters(), 1.0)           # not too long a gradient
+#         for optimizer in optimizers:
+#             for group in optimizer.param_groups:
+#                 group["lr"] = get_lr(step, num_iterations, learning_rate)
+#             optimizer.step()                            # each weight moves a little
+#             optimizer.zero_grad()                       # forget the gradient
+#
+# You could train with these lines alone. All that train() has besides is there to be fast, to use
+# several GPUs, to look at how it goes, and not to lose it.
+#
+# To be fast, it computes in bf16 where that is exact enough. A floating-point number has some bits
+# for its exponent, which says how large it is, and some for its fraction, which holds its digits:
+#
+#              exponent  fraction   next to 1 comes
+#     fp32        8         23      1.0000001
+#     TF32        8         10      1.001
+#     bf16        8          7      1.008
+#
+# (TF32 is never stored: a GPU may round the inputs of an fp32 product to it.) Matrix products do
+# well in bf16, and so does the residual stream. Where many numbers are added up, 2 to 3 digits are
+# too few: the norms, every softmax, the loss and RoPE are in fp32. So are the weights, and the sums
+# that their gradients are collected in. (Each micro-batch's part of a gradient comes out of a
+# product in bf16.) Why the weights? They have a size of 0.02, and a step changes them by about
+# 0.2 lr. At d12's highest rate, 2.4e-3, that is 0.0005, or 2.4 % of a weight. A thousand steps
+# before the end it is 0.2 %, and bf16, where the next number is up to 0.8 % further, would round
+# most of it away. PyTorch's autocast does this: it takes copies in bf16 of the weights that it
+# multiplies with.
 
-def all_sum(values, device):
-    """The sum over all processes of a list of numbers, element by element.
+def train(args, signals=()):
+    """One run, from the first line on the screen to the last. Returns whether it was stopped early.
 
-    With several GPUs, each has a process of its own, which does its part of the work: see train().
+    args: what parse_args() makes of the flags. signals: a list; as soon as there is something in
+    it, the run ends after its step. (main() lets Ctrl-C and a scheduler's SIGTERM add to it.)
     """
-    if not dist.is_initialized():
-        return values
-    values = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    return values.tolist()
+    start_time = time.time()
+
+    # ---- The machine. torchrun starts one process for each GPU, all with this same file. Each is
+    # told its rank, its number among world_size processes. Without torchrun there is one, number 0.
+    # autocast() opens a block whose products are in bf16, or changes nothing if dtype is float32.
+    rank, world_size, device = start_processes(args.device)
+    dtype, autocast = pick_autocast(args.dtype, device)
+
+    # ---- The data: shards to learn from, and others to validate on.
+    T = args.sequence_length
+    train_data, val_data = open_data(args)
+    num_val_sequences = max(1, min(args.val_tokens // T, val_data.total))
+    tokenizer = tokenizer_name(train_data.vocab_size)
+
+    # ---- The model. Every process draws the same random numbers, and so has the same weights.
+    config = make_config(args, train_data.vocab_size)
+    torch.manual_seed(args.seed)
+    with device:
+        model = GPT(config)
+    if args.init_from and not args.resume:
+        model = from_openai(args.init_from, T).to(device)
+        check_config(model.config, config)
+    # The model that is looked at: validated, asked questions, written to best.pt. Here it is the
+    # one that is trained. (With an average of the weights, it would be the average.)
+    eval_model = model
+
+    # ---- The optimizers, and where the run stands. A resumed run takes all of it from last.pt.
+    optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay,
+                                 dtype)
+    first_step, val_loss, best_val_loss = 0, math.inf, math.inf
+    if args.resume:
+        first_step, val_loss, best_val_loss = load_run(args, model, optimizers)
+    check_same_step(first_step, device)
+
+    # ---- A step in pieces. Its batch, half a million tokens for d12, does not fit a GPU at once.
+    # So it is cut into micro-batches that do, and they run one after the other. A GPU with 80 GB
+    # takes 64 sequences of d12 at a time. For one with 16 GB that would be 64 * 16 / 80 = 12.8, so
+    # it takes 8, and needs 64 micro-batches for a step of 512 sequences; two of them need 32 each.
+    compiled = can_compile(args.compile, device)
+    batch_size = pick_batch_size(args, device, dtype, compiled, world_size)
+    grad_accum_steps = args.total_batch_size // (batch_size * T * world_size)
+
+    # ---- torch.compile reads the model's Python, and writes kernels that do several operations at
+    # once, so that results in between need not go to the GPU's memory and back. It does so at the
+    # first call, which takes a minute, for the forward and the backward pass. (dynamic=False: for
+    # exactly one shape. Optimizers, samples and HellaSwag are not compiled.)
+    if compiled:
+        model.compile(dynamic=False)
+
+    # ---- DDP, distributed data parallel, is how several GPUs train one model. Each has a copy of
+    # it and its own part of the batch. At the end of backward() the gradients of all are averaged
+    # (for d12 each sends 466 MB, 4 bytes a weight), and every copy takes the same step. The sum is
+    # made in another order than on one GPU, so last digits differ. Nothing else does.
+    ddp_model = model
+    if world_size > 1:
+        ddp_model = nn.parallel.DistributedDataParallel(model)
+
+    # ---- The folder. From here on it is ours, and what an earlier run left there is moved aside.
+    folder, lock = claim_folder(args.output_dir, args.resume)
+    print_header(args, config, model, train_data, batch_size, grad_accum_steps, world_size,
+                 device, dtype, compiled, folder, first_step)
+
+    def micro_batch(step, micro_step):
+        """x and y, (batch_size, T) each: this process's part of a micro-batch."""
+        if args.overfit_single_batch:
+            step = 0
+        # Micro-batches are numbered through the whole run, and each is shared out among all
+        # processes. With two of them and a batch_size of 8:
+        #
+        #     micro-batch      0              1              2
+        #     process 0        0 ...  7       16 ... 23      32 ... 39       (sequences)
+        #     process 1        8 ... 15       24 ... 31      40 ... 47
+        number = step * grad_accum_steps + micro_step
+        first = (number * world_size + rank) * batch_size
+        return train_data.batch(first, batch_size, device)
+
+    def state_of(some_model, steps):
+        """What a checkpoint knows of a model that has had so many steps."""
+        return {"config": asdict(config), "model": some_model.state_dict(), "step": steps,
+                "tokenizer": tokenizer, "val_loss": val_loss}
+
+    def save_last(steps):
+        """Writes last.pt, all that a resumed run needs. Returns whether there was room for it.
+
+        That is the weights, the optimizers' averages, and the step: which data comes next and what
+        samples look like follows from the seed and the step.
+        """
+        state = state_of(model, steps)
+        state |= {"optimizer": [optimizer.state_dict() for optimizer in optimizers]}
+        state |= {"best_val_loss": best_val_loss, "args": vars(args)}
+        return save_checkpoint(folder / "last.pt", state)
+
+    stopped = False
+    saved = True
+    step = first_step
+    seconds = []  # how long each step took since the last line that was printed
+
+    # ---- The training loop. It has one round more than there are steps, which only looks at the
+    # final weights. So the top of round `step` sees a model that has had `step` steps.
+    for step in range(first_step, args.num_iterations + 1):
+        last = step == args.num_iterations
+
+        # Once in a while: how good is it on text that it does not learn from? Step 0 shows an
+        # untrained model, whose loss should be about ln V.
+        if last or is_due(step, args.val_loss_every):
+            eval_model.eval()
+            val_loss = evaluate(eval_model, val_data, num_val_sequences, batch_size, autocast,
+                                rank, world_size)
+            print0(f"step {step:5d}/{args.num_iterations} | val loss {val_loss:.6f}")
+            write_log(folder, step, tel=val_loss)
+            # before it is saved over the last good state
+            check_finite(f"validation loss of step {step}", val_loss, folder)
+            # Save, so that a crash costs little: best.pt, the weights with the lowest validation
+            # loss, and last.pt. (An untrained model is not worth keeping, nor what was just read.)
+            if step > 0 and val_loss < best_val_loss:
+                if save_checkpoint(folder / "best.pt", state_of(eval_model, step)):
+                    best_val_loss = val_loss
+            if step > first_step or last:
+                saved = save_last(step)
+            # Read what it writes. No loss tells that it only repeats itself.
+            show_sample(eval_model, tokenizer, args, step)
+
+        # And HellaSwag, a benchmark of questions with four answers to choose from.
+        if args.hellaswag_every > 0 and (last or is_due(step, args.hellaswag_every)):
+            eval_model.eval()
+            score = score_hellaswag(eval_model, tokenizer, autocast, rank, world_size)
+            print0(f"step {step:5d}/{args.num_iterations} | HellaSwag {score:.6f}")
+            write_log(folder, step, eval=score)
+
+        if last:
+            break
+
+        # Forward and backward. The micro-batches run one after the other, and their gradients add
+        # up in p.grad.
+        t0 = time.time()
+        model.train()
+        loss_sum = torch.zeros((), device=device)
+        for micro_step in range(grad_accum_steps):
+            x, y = micro_batch(step, micro_step)
+            # DDP: the processes' gradients have to meet only once a step, in the last micro-batch.
+            if world_size > 1:
+                ddp_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+            with autocast():
+                loss = ddp_model(x, y)
+            # The loss is a mean over the micro-batch, and what we want is the mean over all of
+            # them. But backward() only adds. Without this division the gradient of 16 micro-batches
+            # would be 16 times too long. Nobody would notice at first: the optimizers ignore a
+            # factor that all steps share. But clipping, below, would cut every step.
+            loss = loss / grad_accum_steps
+            # detach() takes the number, without the graph of operations that made it
+            loss_sum += loss.detach()
+            loss.backward()
+
+        # Clip: if the gradients of all weights, taken as one long vector, are longer than 1, scale
+        # them to length 1. At first that is the rule, and works like a second warm-up (in the
+        # default run 156 of the first 200 steps). Later it is for the odd batch with a gradient
+        # many times as long, which would fill the averages of both optimizers, and move the weights
+        # along it for ten or twenty steps. norm is the length before clipping.
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+
+        # The step itself. Some parameters may want a multiple of the rate: a group that has an
+        # "lr_scale" gets it.
+        lr = get_lr(step, args.num_iterations, args.learning_rate, args.warmup_iters, args.schedule)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1.0)
+            optimizer.step()
+            # Forget the gradients, or the next ones would be added to them.
+            optimizer.zero_grad()
+
+        # Python runs ahead of a GPU, which works through a queue of kernels. .item() waits until
+        # the GPU is done: before it, the clock would only show how long it takes to order the work.
+        # Every such look at a number (a print(loss) does it, too) leaves the GPU idle for a moment,
+        # so there is one a step, and none in the loop over micro-batches.
+        train_loss = loss_sum.item() / world_size
+        # The sum over processes of loss / world_size is the mean loss. In the same message go the
+        # signals: if one process was asked to stop, all learn it here, and stop at the same step.
+        train_loss, num_signals = all_sum([train_loss, len(signals)], device)
+        seconds.append(time.time() - t0)
+        check_finite(f"loss of step {step}", train_loss, folder)
+        check_finite(f"gradient norm of step {step}", norm.item(), folder)
+
+        # Say how it goes: a line to the screen, and one to main.log. (The first step has a line of
+        # its own, because it is slow: PyTorch is still getting ready.)
+        if step == first_step:
+            print0(f"first step done {time.time() - start_time:.1f} s after the start")
+        if step == first_step or step + 1 == args.num_iterations or is_due(step, args.log_every):
+            ms = 1000 * sum(seconds) / len(seconds)
+            seconds = []
+            speed = speed_in_words(ms, args, model, world_size, device)
+            minutes_left = ms * (args.num_iterations - step - 1) / 60_000
+            print0(f"step {step:5d}/{args.num_iterations} | loss {train_loss:.6f} | lr {lr:.2e} | "
+                   f"norm {norm:.4f} | {speed} | {minutes_left:.1f} min left")
+            write_log(folder, step, trl=train_loss, lr=lr, norm=norm.item(), ms=ms)
+
+        # Was it asked to stop? Then save and go, without validating first: a scheduler that wants
+        # its machine back waits for half a minute, and then kills.
+        if num_signals > 0:
+            saved = save_last(step + 1)
+            stopped = True
+            break
+
+    print_end(args, step, stopped, saved, best_val_loss, time.time() - start_time, tokenizer,
+              device)
+    return stopped
 
 
-@torch.no_grad()
-def evaluate(model, data, num_sequences, batch_size=16, autocast=contextlib.nullcontext,
-             rank=0, world_size=1):
-    """The mean loss of the first num_sequences of data, a TokenLoader, in nats a token.
+# =================================================================================================
+# PART II: WHAT PART I CALLS
 
-    This is process number rank of world_size. There is no model.eval() here, because training does
-    nothing that evaluation has to leave out. GPT-2 had dropout, which sets random numbers to 0 in
-    training, so that a model cannot learn its texts by heart. Whoever reads 10 billion tokens only
-    once cannot do that anyway.
-    """
-    device = next(model.parameters()).device
-    loss_sum = 0.0
-    # Processes take turns by batch, and each sequence counts once. So the mean is the same for any
-    # number of processes and any batch size, and runs can be compared.
-    for first in range(rank * batch_size, num_sequences, world_size * batch_size):
-        count = min(batch_size, num_sequences - first)
-        x, y = data.batch(first, count, device)
-        with autocast():
-            loss = model(x, y)
-        loss_sum += loss.item() * count
-    return all_sum([loss_sum], device)[0] / num_sequences
-
-
-def score_hellaswag(model, items, autocast):
-    """The share of HellaSwag's questions that the model answers right.
-
-    A question is the beginning of a text and four ways to go on. The model's answer is the one with
-    the smallest mean loss. Guessing gets 0.25 and OpenAI's 124M 0.295: see hellaswag.py. items: the
-    questions of this process, as its encode_question() makes them.
-    """
-    logp = hellaswag.log_probs(model, items, autocast)
-    _, right = hellaswag.right_answers(logp, items)
-    right, asked = all_sum([right, len(items)], next(model.parameters()).device)
-    return right / asked
-
-
-def load_tokenizer(name):
-    """Returns encode: text -> list of ids, and decode: list of ids -> text.
-
-    name is "bytes", where each byte is its own id, or "gpt2": fineweb.py tells how its 50,256
-    pieces of text were found. In both one id more, the last, is <|endoftext|>, which begins a text.
-    """
-    if name == "bytes":
-        return lambda text: list(text.encode()), lambda ids: bytes(ids).decode(errors="replace")
-    import tiktoken  # here, because the default run does not need it
-
-    try:
-        bpe = tiktoken.get_encoding("gpt2")  # downloads the vocabulary, 1.5 MB, once
-    except OSError:
-        raise OSError("GPT-2's vocabulary is not here: go online once, or set TIKTOKEN_CACHE_DIR "
-                      "to a folder that has it") from None
-    return bpe.encode_ordinary, bpe.decode
-
-
-@torch.no_grad()
-def generate(model, ids, max_new_tokens, temperature=0.8, top_k=50, generator=None):
-    """Yields up to max_new_tokens ids that continue the list ids; stops before <|endoftext|>.
-
-    temperature: 0 takes the likeliest id each time; below 1 prefers likely ones, above 1 evens out.
-    top_k: draw from the k likeliest ids only, 0 for all. Without it, one of 50,000 unlikely ids is
-    drawn now and then, and the text derails. The whole text is computed again for each token. To
-    keep the keys and values of earlier positions would be faster, and would take much more code.
-    """
-    x = torch.tensor([ids], device=model.lm_head.weight.device)  # (1, T)
-    for _ in range(max_new_tokens):
-        # only the last position's scores are about what comes next
-        logits = model(x[:, -model.config.block_size :])[:, -1]  # (1, padded V)
-        if temperature == 0:
-            token = logits.argmax(dim=-1, keepdim=True)  # (1, 1)
-        else:
-            if top_k:
-                k = min(top_k, model.config.vocab_size)
-                kth_best = torch.topk(logits, k).values[:, -1:]  # (1, 1)
-                logits[logits < kth_best] = -math.inf
-            p = F.softmax(logits / temperature, dim=-1)
-            token = torch.multinomial(p, num_samples=1, generator=generator)  # (1, 1)
-        if token.item() == model.config.vocab_size - 1:
-            return
-        yield token.item()
-        x = torch.cat((x, token), dim=1)
-
-
-def print_sample(model, tokenizer, prompt=None, seed=0, max_new_tokens=200, **options):
-    """Prints the prompt and what the model makes of it.
-
-    tokenizer: its name, as load_model() returns it. options: temperature and top_k of generate().
-    """
-    encode, decode = load_tokenizer(tokenizer)
-    if prompt is None:
-        prompt = {"bytes": "def ", "gpt2": "Hello, I'm a language model,"}[tokenizer]
-    # In training every document begins with <|endoftext|>: so does this one, whether the prompt
-    # says so or not.
-    ids = []
-    for text in prompt.removeprefix("<|endoftext|>").split("<|endoftext|>"):
-        ids += [model.config.vocab_size - 1] + encode(text)
-    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
-    new_ids = generate(model, ids, max_new_tokens, generator=generator, **options)
-    print(prompt + decode(list(new_ids)), flush=True)
-
+# From here on nothing is about how a GPT learns: you can stop reading. To change something:
+#     a property of the model    a field of GPTConfig, and a flag of the same name in make_parser()
+#     one of training            a flag in make_parser(): it is stored with the run, and resumed
+#     an optimizer               append it at the end of make_optimizers()
+#     a tokenizer                a row of TOKENIZERS, and its loader in load_tokenizer()
+#     a corpus                   shards: fineweb.py makes them, of any text
 
 # -------------------------------------------------------------------------------------------------
-# 6. The settings
+# 6. The machine: what it takes to be fast, and to run on any
 
-# First the sizes. The learning rates of d12 to d48 are four times those of GPT-3's models of these
-# sizes (6e-4 to 2e-4, table 2.1 of https://arxiv.org/abs/2005.14165), because training stays stable
-# at such rates with Muon and QK-norm. Only small models have been tried (report/README.md), so take
-# them as a guess: half as much or twice as much may be better. The folders are named after GPT-2's
-# models of these shapes. "fits" is how many sequences of 1024 tokens a GPU with 80 GB takes at a
-# time (calculated, not tried).
-COLUMNS = "n_layer", "n_head", "n_embd", "learning_rate", "output_dir", "fits"
-PRESETS = {
-    "tiny": (4,     4,        128,      4e-3,            "logtiny",    64),
-    "d12":  (12,    12,       768,      2.4e-3,          "log124M",    64),
-    "d24":  (24,    16,       1024,     1.2e-3,          "log350M",    32),
-    "d36":  (36,    20,       1280,     1e-3,            "log774M",    16),
-    "d48":  (48,    25,       1600,     8e-4,            "log1558M",   8),
-}
-PRESETS = {model: dict(zip(COLUMNS, row, strict=True)) for model, row in PRESETS.items()}
-# tiny trains for a minute, on bytes; input_bin "" stands for the source of the standard library
-PRESETS["tiny"] |= dict(
-    input_bin="", sequence_length=128, total_batch_size=2048, num_iterations=600, warmup_iters=20,
-    val_loss_every=200, log_every=20, compile=False,
-)
-# --arch gpt2: every switch as in 2019. (parse_args() sets n_kv_head, too.)
-GPT2 = dict(norm="layernorm", mlp="gelu", pos="learned", bias=True, qk_norm=False)
-# --recipe original: how this variant was first trained, at half the learning rate
-# (https://github.com/Morris88826/CSCE-689-HW2, the course work that this project follows)
-ORIGINAL = dict(optimizer="adamw", schedule="cosine", warmup_iters=715, qk_norm=False)
-# --init_from: the shapes of OpenAI's models, and nanoGPT's rate for finetuning them (there it stays
-# the same all the time; ours falls)
-OPENAI_MODELS = {"gpt2": "d12", "gpt2-medium": "d24", "gpt2-large": "d36", "gpt2-xl": "d48"}
-FINETUNE = dict(optimizer="adamw", learning_rate=3e-5, warmup_iters=0, total_batch_size=32768)
+def head_loss(x, weight, targets, vocab_size):
+    """The mean cross-entropy of section 2, computed for a slice of the tokens at a time.
 
+    Features x (N, C), the weight of lm_head (padded V, C), targets (N,) and the number of real ids
+    -> a scalar, nats a token. To try another loss, with memory to spare, replace it by
 
-def make_parser():
-    """All settings, as flags. Where llm.c has one, it has the same name here.
+        logits = F.linear(x, weight)[:, :vocab_size].float()
+        loss = F.cross_entropy(logits, targets)
+        return loss                      # + 1e-4 * logits.logsumexp(dim=-1).square().mean()
 
-    The defaults are those of a run on FineWeb; a preset, --recipe, --arch and --init_from change
-    some of them.
+    PyTorch 2.13 has F.linear_cross_entropy for the same purpose. In bf16 on a CPU it took 5.6 times
+    as long, and rounded its loss to bf16.
     """
-    show_as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=show_as_written)
-    # an error is one line; argparse would print a page of usage before it
-    parser.error = lambda message: sys.exit(f"error: {message}; see --help")
-    add = parser.add_argument
-    on_off = argparse.BooleanOptionalAction  # makes --qk_norm and --no-qk_norm
-
-    # The model, and each number and switch of GPTConfig.
-    add("--model", choices=PRESETS, help="the size: one of PRESETS; default: tiny")
-    add("--arch", choices=["variant", "gpt2"], default="variant", help="gpt2: all switches back")
-    for number in "n_layer", "n_head", "n_kv_head", "n_embd":
-        add(f"--{number}", type=int, help="default: the preset's")
-    for switch, names in SWITCHES.items():
-        add(f"--{switch}", choices=names, default=names[0])
-    add("--bias", action=on_off, default=False, help="biases in linear layers and LayerNorm")
-    add("--qk_norm", action=on_off, default=True, help="normalize queries and keys")
-    add("--init_from", choices=OPENAI_MODELS, help="begin with OpenAI's weights")
-
-    # What it learns from, and where it writes.
-    add("--input_bin", default="fineweb10B/fineweb_train_*.bin", metavar="PATTERN",
-        help="training shards, in quotes: '%(default)s'; those with _val_ for _train_ validate")
-    add("--output_dir", help="for main.log, last.pt, best.pt; default: the preset's")
-
-    # How large is a step? Its gradient is a mean over so many tokens, an estimate of what all text
-    # would say. Few tokens make a noisy estimate, with which only small steps are safe. Ever more
-    # tokens cost ever more and improve it less and less (https://arxiv.org/abs/1812.06162). GPT-3's
-    # model of 125M took half a million, and so do most since: here 512 sequences of 1024.
-    add("--sequence_length", type=int, default=1024, help="tokens in a sequence [%(default)s]")
-    add("--total_batch_size", type=int, default=524288, help="tokens in a step [%(default)s]")
-    # How many of them does the GPU process at a time? That changes the speed and not the result,
-    # because their gradients are added up.
-    add("--batch_size", type=int, default=0, help="sequences at a time; 0: as many as fit")
-    # How long? For the lowest loss at a given cost a model should read about 20 tokens for each
-    # weight (https://arxiv.org/abs/2203.15556), d12 2.3 billion and d24 7. More of them make the
-    # same model better still, and a small model that many people use is worth it. 19,073 steps are
-    # the 10 billion tokens of FineWeb's sample, each read once.
-    add("--num_iterations", type=int, default=19073, help="steps [%(default)s]")
-    add("--overfit_single_batch", action="store_true", help="one batch again and again, as a test")
-
-    # How is it trained? Of all numbers the learning rate matters most. Warm-up: see get_lr(). 0.1
-    # and 1.0 are GPT-3's weight decay and clipping (why one clips is told in the loop).
-    add("--recipe", choices=["today", "original"], default="today", help="original: AdamW, cosine")
-    add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the blocks' matrices")
-    add("--learning_rate", type=float, help="its highest value; default: the preset's")
-    add("--schedule", choices=["wsd", "cosine"], default="wsd", help="how the rate falls")
-    add("--warmup_iters", type=int, help="steps; default: the recipe's, or a tenth of a short run")
-    add("--weight_decay", type=float, default=0.1, help="of matrices and tables [%(default)s]")
-    add("--grad_clip", type=float, default=1.0, help="the longest gradient; 0: no limit")
-    add("--seed", type=int, default=1337, help="for weights, data order, samples [%(default)s]")
-
-    # What to see and keep.
-    add("--val_loss_every", type=int, default=250, help="to validate, sample, save [%(default)s]")
-    add("--val_tokens", type=int, default=10485760, help="tokens a validation takes [%(default)s]")
-    add("--hellaswag_every", type=int, default=0, help="steps to a HellaSwag score; 0: no")
-    add("--log_every", type=int, default=1, help="steps from line to line")
-    add("--resume", action="store_true", help="go on from last.pt in output_dir, if it exists")
-    add("--prompt", help="what samples begin with")
-    add("--temperature", type=float, default=0.8, help="of samples [%(default)s]")
-    add("--top_k", type=int, default=50, help="of samples [%(default)s]")
-    add("--max_new_tokens", type=int, default=200, help="longest sample [%(default)s]")
-
-    # The machine. By default all that it can do.
-    add("--device", choices=["cuda", "mps", "cpu"], help="default: the first of these there is")
-    add("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 if the device has it")
-    add("--compile", action=on_off, help="torch.compile; default: on a GPU")
-
-    # Instead of training.
-    add("--sample", metavar="CHECKPOINT", help="let a checkpoint, or gpt2 ... gpt2-xl, write")
-    add("--export", nargs=2, metavar=("CHECKPOINT", "FOLDER"), help="write it for transformers")
-    return parser
+    # inside an autograd.Function this could not be asked
+    need_gradient = torch.is_grad_enabled()
+    return HeadLoss.apply(x, weight, targets, vocab_size, need_gradient)
 
 
-def parse_args(argv):
-    """Returns the flags, and the checkpoint to go on from or None.
+# Tokens in a slice. More fill a GPU better, fewer take less memory: with 4 bytes for a logit in
+# fp32 and 2 in bf16, 16,384 * 50,304 * 6 bytes = 5 GB at most.
+HEAD_ROWS = 16384
 
-    Some flags change the defaults of others. So parse once to see them, change the defaults, and
-    parse again: what was typed wins over any default.
+
+class HeadLoss(torch.autograd.Function):
+    """head_loss(). An autograd.Function brings its own backward(): here forward() has computed the
+    gradients already, and keeps them in ctx, and backward() only has to scale them."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size, need_gradient):
+        if need_gradient:
+            dx = torch.empty_like(x)
+            # fp32 like the weight, because the gradients of all slices add up in it
+            dw = torch.zeros_like(weight)
+        # in the precision of x, which is bf16 under autocast: cast once, and not in every slice
+        weight = weight.to(x.dtype)
+        # A list, because torch.compile would compute the logits of all slices first, and keep them,
+        # if the losses were added up here.
+        losses = []
+        for start in range(0, len(x), HEAD_ROWS):
+            rows = slice(start, start + HEAD_ROWS)
+            logits = x[rows] @ weight.T  # (rows, padded V)
+            # ids that only pad the table get no probability
+            logits[:, vocab_size:] = -math.inf
+            log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+            del logits  # as long as it has a name, a tensor keeps its memory
+            target = targets[rows].unsqueeze(1)  # (rows, 1)
+            log_p_target = log_p.gather(1, target)
+            losses.append(-log_p_target.sum())
+            if need_gradient:
+                # The gradient of the logits: p, written over log p to save memory, ...
+                dlogits = log_p.exp_().to(x.dtype)
+                # ... and p - 1 at the target. bf16 would round a p of 0.999 to 1, and leave no
+                # gradient: so compute p - 1 in fp32, which is expm1(log p), and round that.
+                dlogits.scatter_(1, target, log_p_target.expm1().to(x.dtype))
+                # logits = x W^T, so the gradient of x is dlogits W, and that of W is dlogits^T x
+                dx[rows] = dlogits @ weight
+                dw += dlogits.T @ x[rows]
+                del dlogits
+            del log_p
+        if need_gradient:
+            ctx.save_for_backward(dx, dw)
+            ctx.num_tokens = len(x)
+        return torch.stack(losses).sum() / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        # dx and dw belong to the sum of the losses, and the loss is their mean. grad is the
+        # derivative of what backward() was called on by this loss: 1, or less where train() has
+        # divided the loss.
+        scale = grad / ctx.num_tokens
+        # one gradient for each input of forward(); the last three need none
+        return dx * scale, dw * scale, None, None, None
+
+
+def flash_attention(q, k, v):
+    """causal_attention(), with the kernel that the device has for it. The same shapes."""
+    if q.device.type == "cuda" and q.dtype != torch.float32:
+        grouped = q.size(1) != k.size(1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    # Elsewhere fp32 is as fast or faster (tiny's on a CPU: 5 ms instead of 13, on an AMD Zen 4),
+    # and shared heads may have no kernel: each query head gets a copy of its keys and values.
+    k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
+    v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
+    # autocast would turn them into bf16 again: switch it off
+    with torch.autocast(q.device.type, enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+
+
+def compute_dtype(x):
+    """What autocast computes in where x is, or without autocast the dtype of x itself."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def split_by_shape(params):
+    """Lists of up to 16 matrices of the same shape each; those without a gradient are left out.
+
+    Not more than 16, because all matrices of a large model together would take gigabytes.
     """
-    parser = make_parser()
-    typed = parser.parse_args(argv)
-    model = typed.model or OPENAI_MODELS.get(typed.init_from, "tiny")
-    defaults = {"model": model, "warmup_iters": 250} | PRESETS[model]
-    # two query heads share a key/value head, if they come in pairs (d48's 25 do not)
-    n_head = typed.n_head or defaults["n_head"]
-    defaults["n_kv_head"] = n_head // 2 if n_head % 2 == 0 else n_head
-    if typed.recipe == "original":
-        defaults |= ORIGINAL
-        defaults["learning_rate"] /= 2
-    if typed.init_from:
-        defaults |= FINETUNE | {"arch": "gpt2", "output_dir": f"log_{typed.init_from}"}
-    if typed.arch == "gpt2" or typed.init_from:
-        defaults |= GPT2 | {"n_kv_head": n_head}
-    del defaults["fits"]  # the one column that is no flag
-    parser.set_defaults(**defaults)
-    args = parser.parse_args(argv)
-    if typed.warmup_iters is None:
-        # a short run should not be all warm-up
-        args.warmup_iters = min(args.warmup_iters, args.num_iterations // 10)
-    last = Path(args.output_dir, "last.pt")
-    if not (args.resume and last.exists()):
-        if args.resume and typed.output_dir and not (typed.model or typed.init_from):
-            sys.exit(f"error: {last} does not exist: to begin a run there, add --model and so on")
-        return args, None
-    # A resumed run goes on with the flags that it was begun with, where no others are typed. Free
-    # to change are the learning rate, weight decay, batch_size, what to see and keep, the machine.
-    # num_iterations changes the schedule, total_batch_size the place in the data, and seed its
-    # order. The model and the optimizer cannot change.
-    checkpoint = read_checkpoint(last)
-    parser.set_defaults(**checkpoint["args"] | {"output_dir": args.output_dir})
-    args = parser.parse_args(argv)
-    for name in "model", "arch", "recipe", "optimizer", "init_from":
-        if getattr(args, name) != checkpoint["args"][name]:
-            sys.exit(f"error: {last} was begun with --{name} {checkpoint['args'][name]}: leave the "
-                     f"flag out, or begin a new run in another --output_dir")
-    if args.num_iterations < checkpoint["step"]:
-        sys.exit(f"error: {last} has {checkpoint['step']} steps behind it: a larger "
-                 f"--num_iterations than {args.num_iterations}")
-    return args, checkpoint
+    same_shape = {}
+    for p in params:
+        if p.grad is not None:
+            same_shape.setdefault(p.shape, []).append(p)
+    for equal in same_shape.values():
+        for start in range(0, len(equal), 16):
+            yield equal[start : start + 16]
 
 
-def differing_flags(args, others):
-    """The flags whose values are not those in the dictionary others, as one would type them."""
-    flags = []
-    for name, value in vars(args).items():
-        if value == others[name] or name == "resume":
-            continue
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            flags += [f"--{name}", str(value)]
-    return shlex.join(flags)
+def pick_device(name=None):
+    """The torch.device to run on: the one that is named, else the first of cuda, mps and cpu."""
+    if name is None:
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
+    return torch.device(name)
 
 
-# -------------------------------------------------------------------------------------------------
-# 7. Training
+def start_processes(device_name):
+    """Returns this process's rank, how many there are (world_size), and its device.
 
-# First what a run stands on: the device, its memory and speed, the folder, and checkpoints.
+    If torchrun started it, it joins the others. If not, it is alone.
+    """
+    rank, world_size = 0, 1
+    device = pick_device(device_name)
+    if dist.is_torchelastic_launched():
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # TF32 for the matrix products that are still fp32: see section 5
+        torch.set_float32_matmul_precision("high")
+    if world_size > 1:
+        # NCCL connects GPUs, gloo connects CPUs. A process waits an hour for the others before it
+        # gives up: process 0 may be writing a large checkpoint to a slow disk.
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        hour = datetime.timedelta(hours=1)
+        dist.init_process_group(backend, timeout=hour, device_id=device_id)
+    return rank, world_size, device
+
+
+def is_first_process():
+    """Whether this is process 0, the one that prints and writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
 
 def print0(text):
     """Prints, but in process 0 only: eight processes would say everything eight times."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first_process():
         # a terminal that is gone, or a full disk behind it, is no reason to lose the run
         with contextlib.suppress(OSError):
             print(text, flush=True)
 
 
-def pick_device(name=None, local_rank=0):
-    """The torch.device to run on: the one that is named, else the first of cuda, mps and cpu."""
-    if name is None:
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
-    gpus = torch.cuda.device_count()
-    if name == "cuda" and local_rank >= gpus:
-        sys.exit(f"error: {gpus} GPUs are here, and process {local_rank} would need one more: see "
-                 f"--nproc_per_node of torchrun, or --device cpu")
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+def all_sum(values, device):
+    """The sum over all processes of a list of numbers, element by element."""
+    if not dist.is_initialized():
+        return values
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return values.tolist()
 
 
 def pick_autocast(dtype, device):
@@ -1162,16 +1216,39 @@ def pick_autocast(dtype, device):
     return dtype, functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=on)
 
 
-def pick_batch_size(args, device, dtype, compiled, sequences):
-    """The most sequences at a time that fit the device, and that divide a process's `sequences`."""
+def can_compile(wanted, device):
+    """Whether the model is compiled: as --compile says, else on a GPU, if Triton is there."""
+    if wanted is not None:
+        return wanted
+    if device.type != "cuda":
+        return False
+    if importlib.util.find_spec("triton") is None:
+        print0("NOTE: not compiled, because the package triton is missing")
+        return False
+    return True
+
+
+# How many sequences of 1024 tokens a GPU with 80 GB takes at a time (calculated, not tried).
+FITS = {"tiny": 64, "d12": 64, "d24": 32, "d36": 16, "d48": 8}
+
+
+def pick_batch_size(args, device, dtype, compiled, world_size=1):
+    """Sequences at a time: --batch_size, else the most that fit and divide a process's share."""
+    unit = (args.batch_size or 1) * args.sequence_length * world_size
+    if args.total_batch_size % unit:
+        sys.exit(f"error: --total_batch_size {args.total_batch_size} must be a multiple of {unit}, "
+                 f"which is --batch_size x --sequence_length x processes")
+    if args.batch_size:
+        return args.batch_size
     # on a CPU, enough tokens to keep it busy
     fitting = 4096 // args.sequence_length
     if device.type == "cuda":
         share = torch.cuda.get_device_properties(device).total_memory / 80e9
-        fitting = PRESETS[args.model]["fits"] * share * 1024 / args.sequence_length
+        fitting = FITS[args.model] * share * 1024 / args.sequence_length
         # fp32 takes twice the memory, and so does a model that is not compiled
         if dtype == "float32" or not compiled:
             fitting /= 2
+    sequences = args.total_batch_size // unit
     return max(n for n in range(1, sequences + 1) if sequences % n == 0 and n <= max(1, fitting))
 
 
@@ -1180,40 +1257,144 @@ def flops_per_token(model):
 
     Forward, each weight takes a multiplication and an addition. Backward, it takes as many for the
     gradient of the weight, and again for that of its input: 6 in all. (The tied table works as
-    lm_head; looking a row up costs nothing.) In each layer q k^T and the mean of values take 4 C T
-    more forward, 12 C T in all (PaLM, https://arxiv.org/abs/2204.02311, appendix B).
+    lm_head.) In each layer q k^T and the mean of values take 4 C T more forward, 12 C T in all
+    (PaLM, https://arxiv.org/abs/2204.02311, appendix B, which counts the hidden future as well).
+    For d12 that is 6 * 116.5M + 12 * 12 * 768 * 1024 = 812 million, and 4.26e14 for a step of half
+    a million tokens. At 40 % of an H100's peak, 989e12 a second, such a step takes 1.08 seconds.
     """
     c = model.config
     num_weights = sum(p.numel() for name, p in model.named_parameters() if "wpe" not in name)
     return 6 * num_weights + 12 * c.n_layer * c.n_embd * c.block_size
 
 
-# How many operations a second a GPU can do in bf16, from its data sheet. MFU (model FLOPs
-# utilization) is the share of them that a run uses; 40 to 60 % is good.
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12}
-PEAK_FLOPS |= {"A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
+# How many operations a second a GPU can do in bf16, from its data sheet. The first name that occurs
+# in the card's counts.
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12}
+PEAK_FLOPS |= {"H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
 
 
-def set_aside(folder):
-    """Moves the files of an earlier run in this folder to FOLDER.1, or the next that is free."""
-    earlier = [folder / name for name in ("main.log", "best.pt", "last.pt")]
-    earlier = [path for path in earlier if path.exists()]
-    # resolve: if the folder is a link to a larger disk, they stay on that disk
-    beside = folder.resolve()
-    number = 1
-    while os.path.lexists(f"{beside}.{number}"):
-        number += 1
-    for path in earlier:
-        os.renames(path, f"{beside}.{number}/{path.name}")
-    if earlier:
-        print(f"kept the earlier run in {folder} as {beside}.{number}", flush=True)
+def card_name(device):
+    """A GPU's name, as its maker writes it, else the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def speed_in_words(ms, args, model, world_size, device):
+    """Milliseconds a step, tokens a second and, for a known card, MFU (model FLOPs utilization).
+
+    That is the share of the card's peak that the run uses; 40 to 60 % is good.
+    """
+    tokens_per_second = 1000 * args.total_batch_size / ms
+    words = f"{ms:.1f} ms | {tokens_per_second:,.0f} tok/s"
+    for name, peak in PEAK_FLOPS.items():
+        if name in card_name(device):
+            mfu = tokens_per_second * flops_per_token(model) / world_size / peak
+            return f"{words} | MFU {mfu:.1%}"
+    return words
+
+
+def check_ids(ids, vocab_size, path):
+    """Ends the run at an id that does not exist. A GPU would stop, and not say why."""
+    if ids.max() >= vocab_size:
+        sys.exit(f"error: {path} holds id {ids.max()}, but its vocabulary has {vocab_size}: make "
+                 f"it again with fineweb.py")
+
+
+def to_device(tensor, device):
+    """A copy on the device."""
+    if torch.device(device).type == "cuda":
+        # from pinned memory, which the system may not move, the copy runs beside the GPU's work
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def open_data(args):
+    """Two TokenLoaders: the shards to train on, and those to validate on."""
+    pattern = args.input_bin or fineweb.stdlib_corpus()
+    folder_and_name = pattern.rpartition("_train_")[0]
+    T = args.sequence_length
+    train_data = TokenLoader(pattern, T, args.seed)
+    val_data = TokenLoader(f"{folder_and_name}_val_*.bin", T)
+    for data, needed in (train_data, args.total_batch_size // T), (val_data, 1):
+        if data.total < needed:
+            sys.exit(f"error: {data.paths[0]}: {data.total} sequences of {T} tokens, {needed} are "
+                     f"needed: a smaller --total_batch_size or --sequence_length, or more text")
+        if data.vocab_size != train_data.vocab_size:
+            sys.exit(f"error: {data.paths[0]} has {data.vocab_size} ids, and those to train on "
+                     f"{train_data.vocab_size}: make both with the same tokenizer")
+    return train_data, val_data
+
+
+# -------------------------------------------------------------------------------------------------
+# 7. A run: what it says, what it keeps, how it stops and goes on
+
+# What you will see of d12 on one H100 (the speeds are calculated, nobody has tried it):
+#
+#     python train_gpt2.py --model d12
+#     model d12: 12 layers, 12 heads (6 key/value), 768 wide | 116,510,976 parameters | 812.3 ...
+#     device NVIDIA H100 80GB HBM3, bfloat16, compiled | 524,288 tokens a step = 64 sequences x ...
+#     data fineweb10B: 10,255,... tokens an epoch, 9,999,745,024 in this run
+#     step     0/19073 | val loss 10.9...
+#     first step done 60 s after the start
+#     step     0/19073 | loss 10.9... | lr 2.40e-04 | norm ... | ... tok/s | MFU ...
+#
+# The loss begins near ln V, falls fast for some hundred steps and then ever more slowly, and
+# wobbles by a few percent, since each step has another batch. llm.c's GPT-2 124M has a validation
+# loss on FineWeb of 6.17 after 250 steps, 3.86 after 2,000, 3.39 after 10,000 and 3.27 at the end
+# (its log of 2024-10-13, in the records of the speedrun). We hope that ours stays below that.
+#     stays near ln V     Something is broken: try --overfit_single_batch, whose loss has to come
+#                         down to almost 0.
+#     jumps up, stays     The learning rate was too high, and the newest last.pt has the damage in
+#                         it. Begin again with half the rate.
+#     nan                 The run ends by itself, before that is saved. If the loss had not jumped
+#                         before, last.pt is good.
+
+def make_config(args, vocab_size):
+    """The GPTConfig that the flags ask for. Each of its fields has a flag of the same name, but for
+    block_size, which is --sequence_length, and vocab_size, which the data knows."""
+    fields = {name: getattr(args, name) for name in asdict(GPTConfig()) if hasattr(args, name)}
+    try:
+        return GPTConfig(**fields, block_size=args.sequence_length, vocab_size=vocab_size)
+    except ValueError as e:
+        sys.exit(f"error: {e}")
+
+
+def check_config(trained, wanted):
+    """Ends the run if weights of one shape are to go on as a model of another."""
+    if trained != wanted:
+        sys.exit(f"error: the weights are those of a {trained}, and flags and data ask for a "
+                 f"{wanted}: change these, or begin a new run")
+
+
+def check_finite(what, value, folder):
+    """Ends the run if value is nan or infinite: no later step repairs that."""
+    if not math.isfinite(value):
+        sys.exit(f"error: the {what} is {value}: go on from {folder}/last.pt if it exists, with a "
+                 f"lower --learning_rate")
+
+
+def check_same_step(first_step, device):
+    """Ends the run if processes are at different steps, as on two machines with one last.pt."""
+    steps, squares = all_sum([first_step, first_step**2], device)
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if world_size * squares != steps**2:
+        sys.exit(f"error: this process is at step {first_step}, and another one is not: copy "
+                 f"last.pt to every machine, into the same --output_dir")
+
+
+def is_due(step, every):
+    """Whether what is done every so many steps is done at this one; 0 is never."""
+    return every > 0 and step % every == 0
 
 
 def save_checkpoint(path, state):
     """Writes state so that at any moment path holds one whole checkpoint, the old or the new one.
 
     Returns whether it is the new one. If the disk is full, the old one stays and training goes on.
+    Only process 0 writes.
     """
+    if not is_first_process():
+        return True
+    path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
     try:
         with open(tmp, "wb") as f:
@@ -1231,467 +1412,286 @@ def save_checkpoint(path, state):
 
 
 def read_checkpoint(path):
-    """What save_checkpoint() wrote, a dictionary. Ends the program if anything is wrong with it."""
+    """What save_checkpoint() wrote, a dictionary."""
     try:
-        # A checkpoint is a zip archive, with a checksum for each file in it: a flipped bit shows.
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                raise ValueError("a checksum is wrong")
         # weights_only: it holds data, and may come from anybody; never run code out of it.
         # mmap: a weight is read when it is used, so a process does not hold all of it twice.
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        # do its weights fit its config? (The meta device knows shapes and holds no numbers.)
-        with torch.device("meta"):
-            expected = GPT(GPTConfig(**checkpoint["config"])).state_dict()
-        shapes = {name: w.shape for name, w in checkpoint["model"].items()}
-        if shapes != {name: w.shape for name, w in expected.items()}:
-            raise ValueError("its weights do not fit its config")
-        return checkpoint
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as e:  # a dozen kinds, and all mean the same to the user
         reason = str(e).split("\n")[0]
-        sys.exit(f"error: {path} is no checkpoint that can be used ({type(e).__name__}: "
-                 f"{reason}): take a best.pt or last.pt, as a run writes them")
+        sys.exit(f"error: {path} is no checkpoint that can be read ({type(e).__name__}: {reason}): "
+                 f"take a best.pt or last.pt, as a run writes them")
 
 
-def load_model(name, device):
-    """A model and its tokenizer's name. name: a checkpoint's path, or one of OPENAI_MODELS."""
-    if name in OPENAI_MODELS:
-        return from_openai(name).to(device), "gpt2"
-    checkpoint = read_checkpoint(name)
-    model = GPT(GPTConfig(**checkpoint["config"])).to(device)
+def load_run(args, model, optimizers):
+    """Puts last.pt into them. Returns its step, and its last and its lowest validation loss."""
+    checkpoint = read_checkpoint(Path(args.output_dir, "last.pt"))
+    check_config(GPTConfig(**checkpoint["config"]), model.config)
     model.load_state_dict(checkpoint["model"])
-    return model, checkpoint["tokenizer"]
+    for optimizer, stored in zip(optimizers, checkpoint["optimizer"], strict=True):
+        # Only the averages: the settings, such as weight decay, are those of the flags. And a copy:
+        # what was mapped is the file itself, which will be replaced.
+        averages = copy.deepcopy(stored["state"])
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": averages})
+    return checkpoint["step"], checkpoint["val_loss"], checkpoint["best_val_loss"]
 
 
-# What a healthy run looks like. The loss begins near ln V, falls fast for some hundred steps and
-# then ever more slowly. It wobbles by a few percent from step to step, since each has another
-# batch. While the learning rate falls (with wsd that is the last 70 % of the run), the loss goes
-# on falling, and falls faster than it would at a constant rate. llm.c's GPT-2 124M has a
-# validation loss on FineWeb of 6.17 after 250 steps, 3.86 after 2,000, 3.39 after 10,000 and 3.27
-# at the end (its log of 2024-10-13, in the records of the speedrun), and ours should stay below
-# that. The norm (the length of all gradients as one vector) is a few units at first and settles
-# below 1.
-#     stays near ln V     Something is broken: try --overfit_single_batch, whose loss has to come
-#                         down to almost 0.
-#     jumps up, stays     The learning rate was too high, and the newest last.pt has the damage in
-#                         it. Begin again with half the rate. Or, if you copied last.pt now and
-#                         then (best.pt lacks the optimizers' averages), go on from the copy:
-#                             cp older.pt log124M/last.pt
-#                             python train_gpt2.py --resume --output_dir log124M
-#                                 --learning_rate 1.2e-3             (in one line)
-#     nan                 The run ends by itself, before that is saved. If the loss had not jumped
-#                         before, last.pt is good.
-#
-# Before you leave a run of days alone: start it where it outlives your terminal (in tmux). By the
-# published speeds of similar code, d12 takes one H100 8 hours and d24 21; nobody has tried it with
-# this file. FineWeb's sample takes 21 GB, last.pt up to 12 bytes for each weight and best.pt 4, and
-# while one is written its old version exists as well. After a crash no more is lost than the steps
-# since the last validation (--val_loss_every 0 saves at the end only); --resume goes on, and
-# main.log then has the steps twice that are done again. Without --resume a new run begins, and what
-# the earlier one left is moved aside.
+def claim_folder(name, resume):
+    """Makes the folder of a run, and keeps other runs out of it. Returns it, and the lock.
 
-def train(args, checkpoint, at_end):
-    """One run, from the first line on the screen to the last. Returns the exit code.
-
-    checkpoint: what to go on from, or None. at_end, a contextlib.ExitStack: what has to be undone
-    when the run is over, however it ends.
+    The lock holds as long as somebody has it. What an earlier run left in the folder moves with it
+    to NAME.1, or the next number that is free, unless this run goes on from there.
     """
-    start_time = time.time()
-
-    # ---- Where it runs. With several GPUs each has a process of its own: torchrun starts them, all
-    # with this same file, and tells each its number among all, its number on this machine (and so
-    # its GPU), and how many there are. DDP (distributed data parallel) is how they train together.
-    # Each has a copy of the model and its own part of the batch, and then the gradients of all are
-    # averaged, so that every copy takes the same step.
-    rank, local_rank, world_size = 0, 0, 1
-    names = "RANK", "LOCAL_RANK", "WORLD_SIZE"
-    if dist.is_torchelastic_launched() and all(name in os.environ for name in names):
-        rank, local_rank, world_size = (int(os.environ[name]) for name in names)
-    elif any(name in os.environ for name in names):
-        # Left over from something else. To wait for other processes would be to wait forever.
-        print(f"NOTE: {' or '.join(names)} is set, but not by torchrun: training alone")
-    device = pick_device(args.device, local_rank)
-    dtype, autocast = pick_autocast(args.dtype, device)
-    card = device.type
-    if device.type == "cpu" and args.device is None and args.model != "tiny":
-        print0("NOTE: PyTorch sees no GPU, and a CPU takes minutes for one step of such a model")
-    if device.type == "cuda":
-        card = torch.cuda.get_device_name(device)
-        torch.cuda.set_device(device)
-        # TF32 for the matrix products that are still fp32: see section 1
-        torch.set_float32_matmul_precision("high")
-    if world_size > 1:
-        # NCCL connects GPUs, gloo connects CPUs. A process waits an hour for the others before it
-        # gives up: process 0 may be writing a large checkpoint to a slow disk.
-        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        hour = datetime.timedelta(hours=1)
-        dist.init_process_group(backend, timeout=hour, device_id=device_id)
-    compiled = args.compile
-    if compiled is None:
-        compiled = device.type == "cuda"
-        if compiled and importlib.util.find_spec("triton") is None:
-            compiled = False
-            print0("NOTE: not compiled, because the package triton is missing")
-
-    # ---- The data: shards to learn from, and others to validate on, which are never learned from.
-    T = args.sequence_length
-    train_pattern = args.input_bin or fineweb.stdlib_corpus()
-    folder_and_name = train_pattern.rpartition("_train_")[0]
-    train_data = TokenLoader(train_pattern, T, args.seed)
-    val_data = TokenLoader(f"{folder_and_name}_val_*.bin", T)
-    for data, needed in (train_data, args.total_batch_size // T), (val_data, 1):
-        if data.total < needed:
-            sys.exit(f"error: {data.paths[0]}: {data.total} sequences of {T} tokens, {needed} are "
-                     f"needed: a smaller --total_batch_size or --sequence_length, or more text")
-    num_val_sequences = max(1, min(args.val_tokens // T, val_data.total))
-
-    # ---- The model: a new one, OpenAI's, or the checkpoint's.
-    shape = {name: getattr(args, name) for name in asdict(GPTConfig()) if name in args}
+    folder = Path(name)
+    if not is_first_process():
+        return folder, None
+    # if it is a link to a larger disk, all of this happens there
+    home = folder.resolve()
+    home.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(f"{home}.lock")
     try:
-        config = GPTConfig(block_size=T, vocab_size=train_data.vocab_size, **shape)
-    except ValueError as e:
-        sys.exit(f"error: {e}")
-    # every process draws the same random numbers, and so has the same weights
-    torch.manual_seed(args.seed)
-    # made where it will live: a CPU is slow at 1.6 billion random numbers
-    with device:
-        model = GPT(config)
-    trained_as = config
-    if checkpoint:
-        trained_as = GPTConfig(**checkpoint["config"])
-    elif args.init_from:
-        model = from_openai(args.init_from, T).to(device)
-        trained_as = model.config
-    if trained_as != config:
-        sys.exit(f"error: the weights are those of a {trained_as}, and flags and data ask for a "
-                 f"{config}: change these, or begin a new run")
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        sys.exit(f"error: a run is at work in {folder}: choose another --output_dir, or wait")
+    except OSError as e:  # some network disks have no locks, and some folders take no file
+        print0(f"NOTE: no lock for {folder} ({e.strerror}): begin no second run in it")
+    if not resume and (any(home.glob("main.log")) or any(home.glob("*.pt"))):
+        number = 1
+        while os.path.lexists(f"{home}.{number}"):
+            number += 1
+        try:
+            if Path.cwd().is_relative_to(home):
+                raise OSError(errno.EBUSY, "you are in it")
+            home.rename(f"{home}.{number}")
+        except OSError as e:  # it may be where a disk is mounted
+            sys.exit(f"error: the earlier run in {folder} cannot be moved to {home}.{number} "
+                     f"({e.strerror}): choose a folder inside it as --output_dir")
+        print0(f"kept the earlier run in {folder} as {home}.{number}")
+    home.mkdir(exist_ok=True)
+    return folder, lock
+
+
+def write_log(folder, step, **values):
+    """Appends a line to main.log, in llm.c's form: s:250 tel:6.171
+
+    s is the step, trl the training loss, tel the validation loss, eval HellaSwag's score. Whoever
+    wants the numbers elsewhere (in a CSV, in W&B) finds all of them here.
+    """
+    if not is_first_process():
+        return
+    words = [f"s:{step}"]
+    for name, value in values.items():
+        words.append(f"{name}:{value}" if isinstance(value, str) else f"{name}:{value:.8g}")
+    try:
+        with open(folder / "main.log", "a", encoding="utf-8") as f:
+            f.write(" ".join(words) + "\n")
+    except OSError as e:  # a full disk is no reason to lose the run
+        print0(f"WARNING: cannot write main.log ({e})")
+
+
+def print_header(args, config, model, train_data, batch_size, grad_accum_steps, world_size, device,
+                 dtype, compiled, folder, first_step):
+    """The command, to the screen and to main.log, and what it means here."""
+    print0(args.command)
+    write_log(folder, first_step, command=args.command)
     num_params = sum(p.numel() for p in model.parameters())
-    flops = flops_per_token(model)
-
-    # ---- A step in pieces. Its batch, half a million tokens for d12, does not fit a GPU at once.
-    # So it is cut into micro-batches that do, and they run one after the other.
-    unit = (args.batch_size or 1) * T * world_size
-    if args.total_batch_size % unit or args.total_batch_size == 0:
-        sys.exit(f"error: --total_batch_size {args.total_batch_size} must be a multiple of {unit}, "
-                 f"which is --batch_size x --sequence_length x processes")
-    sequences = args.total_batch_size // T // world_size
-    batch_size = args.batch_size or pick_batch_size(args, device, dtype, compiled, sequences)
-    grad_accum_steps = sequences // batch_size
-
     how = f"{dtype}, compiled" if compiled else dtype
     print0(f"model {args.model}: {config.n_layer} layers, {config.n_head} heads "
            f"({config.n_kv_head} key/value), {config.n_embd} wide | {num_params:,} parameters | "
-           f"{flops / 1e6:,.1f} MFLOP a token\n"
-           f"device {card}, {how} | {args.total_batch_size:,} tokens a step = {batch_size} "
-           f"sequences x {T} tokens x {grad_accum_steps} micro-batches x {world_size} processes\n"
-           f"data {Path(train_data.paths[0]).parent}: {train_data.total * T:,} tokens an epoch, "
-           f"{args.num_iterations * args.total_batch_size:,} in this run")
+           f"{flops_per_token(model) / 1e6:,.1f} MFLOP a token\n"
+           f"device {card_name(device)}, {how} | {args.total_batch_size:,} tokens a step = "
+           f"{batch_size} sequences x {args.sequence_length} tokens x {grad_accum_steps} "
+           f"micro-batches x {world_size} processes\n"
+           f"data {Path(train_data.paths[0]).parent}: {train_data.total * train_data.T:,} tokens "
+           f"an epoch, {args.num_iterations * args.total_batch_size:,} in this run")
+    if first_step:
+        print0(f"resuming {folder} at step {first_step}")
+    if device.type == "cpu" and args.device is None and args.model != "tiny":
+        print0("NOTE: PyTorch sees no GPU, and a CPU takes minutes for one step of such a model")
 
-    # ---- The optimizers, and where the run stands.
-    optimizers = make_optimizers(model, args, dtype)
-    first_step = 0  # how many updates the weights have had
-    val_loss = math.inf
-    best_val_loss = math.inf
-    # which text is validated on: losses on different texts cannot be compared
-    val_names = [Path(path).name for path in val_data.paths]
-    val_text = [num_val_sequences, T, val_data.total, val_names]
-    if checkpoint:
-        for optimizer, stored in zip(optimizers, checkpoint["optimizer"], strict=True):
-            # Only the averages: the settings, such as weight decay, are those of the flags. And a
-            # copy: what torch.load() mapped is the file itself, which will be replaced.
-            averages = copy.deepcopy(stored["state"])
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": averages})
-        first_step = checkpoint["step"]
-        val_loss = checkpoint["val_loss"]
-        print0(f"resuming {args.output_dir} at step {first_step}")
-        changed = differing_flags(args, vars(args) | checkpoint["args"])
-        if changed:
-            print0(f"NOTE: now with {changed} | lr of the next step {get_lr(first_step, args):.2e}")
-        if checkpoint["val_text"] == val_text:
-            best_val_loss = checkpoint["best_val_loss"]
-        else:
-            print0("NOTE: other validation text than before: the lowest loss so far does not count")
-        # its weights are in the model now: let go of the file
-        checkpoint.clear()
-    elif args.resume:
-        print0(f"{args.output_dir} has no last.pt to resume from: a new run begins")
 
-    # ---- The folder. While we hold the lock no second run can write here.
-    folder = Path(args.output_dir)
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            at_end.enter_context(filelock.FileLock(folder / ".lock").acquire(timeout=0))
-        except filelock.Timeout:
-            sys.exit(f"error: a run is at work in {folder}: choose another --output_dir, or wait")
-        if checkpoint is None:
-            set_aside(folder)
+def print_end(args, step, stopped, saved, best_val_loss, seconds, tokenizer, device):
+    """The last words of a run: how long it took, the lowest loss, and what to type next."""
+    resume = f"train_gpt2.py --resume --output_dir {shlex.quote(args.output_dir)}"
+    if not saved:
+        sys.exit(f"error: the steps since last.pt are lost: make room on the disk, then python "
+                 f"{resume}")
+    if device.type == "cuda":
+        print0(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    if stopped:
+        print0(f"stopped after step {step}, and all is saved. To go on, start it as before, but "
+               f"with\n    python {resume}")
+        return
+    best = shlex.quote(str(Path(args.output_dir, "best.pt")))
+    print0(f"done in {seconds:.0f} s. Lowest validation loss, {best_val_loss:.4f}: {best}")
+    use = f"hellaswag.py -m {best}" if tokenizer == "gpt2" else f"train_gpt2.py --sample {best}"
+    print0(f"Next:\n    python {use}")
 
-    # ---- From here on Ctrl-C and a scheduler's SIGTERM only ask the run to stop. It does so after
-    # the step, and saves: see the end of the loop.
-    signals = []  # the numbers of those that came
 
-    def on_signal(number, frame):
+@contextlib.contextmanager
+def stop_signals():
+    """A list of the signals that have come. Inside, Ctrl-C and SIGTERM do nothing but add to it."""
+    signals = []
+    usual = {}
+
+    def note(number, frame):
         signals.append(number)
         if number == signal.SIGINT:
             # a second Ctrl-C does what it usually does: it ends the program at once
-            signal.signal(number, usual_handlers[number])
-        # not print(): the signal may have come in the middle of another print()
-        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+            signal.signal(number, usual[number])
+        # not print(): the signal may have come in the middle of another print(). And whoever read
+        # our output may be gone (Ctrl-C also ends the tee behind a pipe).
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
-    usual_handlers = {}
     for number in signal.SIGINT, signal.SIGTERM:
-        usual_handlers[number] = signal.signal(number, on_signal)
-        at_end.callback(signal.signal, number, usual_handlers[number])
-
-    # ---- The model in three forms, with the same weights: model; fast_model, compiled if that is
-    # wanted; ddp_model, which also averages gradients over processes, if there are several.
-    fast_model = model
-    if compiled:
-        # torch.compile reads the model's Python and writes kernels that do several operations at
-        # once, so that results in between need not go to the GPU's memory and back. It does so at
-        # the first call, which takes a minute. dynamic=False: for exactly one shape.
-        fast_model = torch.compile(model, dynamic=False)
-    ddp_model = fast_model
-    if world_size > 1:
-        # DDP collects gradients in large buffers and sends those. With this flag p.grad is a part
-        # of its buffer, and no second copy.
-        ddp_model = nn.parallel.DistributedDataParallel(fast_model, gradient_as_bucket_view=True)
-
-    # ---- What the loop uses.
-    def micro_batch(number):
-        """x and y, (batch_size, T) each: this process's part of the run's micro-batch `number`."""
-        if args.overfit_single_batch:
-            # those of the first step, again and again
-            number %= grad_accum_steps
-        first = (number * world_size + rank) * batch_size
-        return train_data.batch(first, batch_size, device)
-
-    def log(line):
-        """Writes a line to main.log, in llm.c's form.
-
-        s is the step, trl the training loss, tel the validation loss, eval HellaSwag's score.
-        """
-        if rank > 0:
-            return
-        try:
-            with open(folder / "main.log", "a", encoding="utf-8") as f:
-                f.write(line + "\n")
-        except OSError as e:  # a full disk is no reason to lose the run
-            print0(f"WARNING: cannot write main.log ({e})")
-
-    def check(step, name, value):
-        """Ends the run if value is nan or infinite: no later step repairs that."""
-        if not math.isfinite(value):
-            sys.exit(f"error: the {name} of step {step} is {value}: go on from {folder}/last.pt if "
-                     f"it exists, with a lower --learning_rate")
-
-    # the speed of this card, if it is in the table: the first name that occurs in the card's counts
-    peak = next((PEAK_FLOPS[name] for name in PEAK_FLOPS if name in card), None)
-    items = []
-    if args.hellaswag_every:
-        # with 8 processes, each asks every eighth question
-        encode, _ = load_tokenizer(train_data.tokenizer)
-        for question in hellaswag.load_questions()[rank::world_size]:
-            items.append(hellaswag.encode_question(question, encode, T))
-
-    # What is this a run of? Its flags, where they are not the preset's. (llm.c's plots want a
-    # number after the second colon, so: how many words follow.)
-    usual, _ = parse_args(["--model", args.model])
-    flags = differing_flags(args, vars(usual))
-    print0(f"flags that differ from the defaults of {args.model}: {flags or 'none'}")
-    log(f"s:{first_step} flags:{len(flags.split())} {flags}")
-
-    # ---- The training loop.
-    stop = False  # Ctrl-C or SIGTERM came: the end of a step sets it, the next round saves and ends
-    seconds = []  # how long each step took since the last line that was printed
-    # micro-batches are numbered through the whole run: this is first_step's first one
-    x, y = micro_batch(first_step * grad_accum_steps)
-    # One round more than there are steps: it only looks at the final weights and saves them.
-    for step in range(first_step, args.num_iterations + 1):
-        last = step == args.num_iterations
-
-        # Once in a while: how good is the model on text that it does not learn from? This stands at
-        # the top of the loop, where the weights have had exactly `step` updates. So step 0 shows an
-        # untrained model, whose loss should be about ln V, and the last round shows the final one.
-        # (But a run that has to stop saves at once.)
-        stop = stop and not last  # after its last step a run is done, and not stopped
-        due = args.val_loss_every > 0 and (step % args.val_loss_every == 0 or last) and not stop
-        if due:
-            val_loss = evaluate(fast_model, val_data, num_val_sequences, batch_size, autocast,
-                                rank, world_size)
-            print0(f"step {step:5d}/{args.num_iterations} | val loss {val_loss:.6f}")
-            log(f"s:{step} tel:{val_loss:.6f}")
-            # before it is saved over the last good state
-            check(step, "validation loss", val_loss)
-
-        # And HellaSwag, a benchmark of questions with four answers to choose from. (With model and
-        # not fast_model, which would be compiled anew for each length of text. So are samples.)
-        if args.hellaswag_every > 0 and (step % args.hellaswag_every == 0 or last) and not stop:
-            score = score_hellaswag(model, items, autocast)
-            print0(f"step {step:5d}/{args.num_iterations} | HellaSwag {score:.6f}")
-            log(f"s:{step} eval:{score:.6f}")
-
-        # Save, so that a crash costs little: best.pt, the weights with the lowest validation loss,
-        # and last.pt, all that a resumed run needs. That is the weights, the optimizers' averages
-        # and the step: which data comes next and what samples look like follows from the seed and
-        # the step.
-        is_best = due and step > 0 and val_loss < best_val_loss
-        is_new = due and step > first_step  # and not what was just loaded
-        saved = True
-        if rank == 0 and (is_best or is_new or last or stop):
-            state = {"config": asdict(config), "model": model.state_dict(), "step": step}
-            state |= {"tokenizer": train_data.tokenizer, "val_loss": val_loss}
-            # without the averages, which are as large and only serve to go on training
-            if is_best and save_checkpoint(folder / "best.pt", state):
-                best_val_loss = val_loss
-            state |= {"optimizer": [optimizer.state_dict() for optimizer in optimizers]}
-            state |= {"best_val_loss": best_val_loss, "val_text": val_text, "args": vars(args)}
-            saved = save_checkpoint(folder / "last.pt", state)
-
-        # Read what it writes. No loss tells that it only repeats itself.
-        if due and rank == 0:
-            print0(f"--- a sample after {step} steps")
-            try:
-                print_sample(model, train_data.tokenizer, args.prompt, args.seed + step,
-                             args.max_new_tokens, temperature=args.temperature, top_k=args.top_k)
-            except OSError as e:  # GPT-2's vocabulary cannot be loaded: no reason not to train
-                print0(f"no sample: {e}")
-            print0("---")
-        if last or stop:
-            break
-
-        # Forward and backward. The micro-batches run one after the other, and their gradients add
-        # up in p.grad.
-        t0 = time.time()
-        loss_sum = torch.zeros((), device=device)
-        for micro_step in range(grad_accum_steps):
-            # Under DDP, backward() also averages gradients over processes. That is needed once a
-            # step, in the last micro-batch; until then each process adds up its own.
-            if world_size > 1:
-                ddp_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
-            # autocast runs matrix products in bf16
-            with autocast():
-                loss = ddp_model(x, y)
-            # backward() adds to p.grad, and what we want is the mean over the micro-batches.
-            # Without this division the gradient of 16 would be 16 times too long. The optimizers
-            # ignore a factor that all steps share, but clipping, below, would then cut every step
-            # to the same length, and not only the unusual ones.
-            loss = loss / grad_accum_steps
-            # detach() takes the number, without the graph of operations that made it
-            loss_sum += loss.detach()
-            # Python runs ahead of a GPU, which works through a queue of kernels. So the next batch
-            # is made while the GPU is at work on this one. (After the last micro-batch it is the
-            # first one of the next step.)
-            x, y = micro_batch(step * grad_accum_steps + micro_step + 1)
-            loss.backward()
-
-        # Clip: if the gradients of all weights, taken as one long vector, are longer than 1, scale
-        # them to length 1. Why? One unusual batch can have a gradient many times as long as others
-        # (a batch of random digits: ten times as long, in the default run). It would fill the
-        # averages of both optimizers, and for ten or twenty steps the weights would move along it,
-        # away from what was learned. That does little harm in a small run (report/README.md tries
-        # it); in a run of days clipping is a cheap insurance. (To cut every step would do harm,
-        # too: a batch with little to learn from would move the averages as much as one with a lot.)
-        # norm is the length before clipping.
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-        lr = get_lr(step, args)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            # Set the gradients back to 0, or the next ones would be added to them. Write zeros and
-            # do not delete them (set_to_none): DDP sends the memory that they are in.
-            optimizer.zero_grad(set_to_none=False)
-
-        # .item() waits until the GPU has done all of this. Before it, the clock would only show how
-        # long it takes to order the work. It waits once a step, and not in the loop above.
-        train_loss = loss_sum.item() / world_size
-        # The sum over processes of loss / world_size is the mean loss. In the same message go the
-        # signals (Ctrl-C and the like): if one process was asked to stop, all learn it here.
-        train_loss, num_signals = all_sum([train_loss, len(signals)], device)
-        stop = num_signals > 0
-        seconds.append(time.time() - t0)
-        check(step, "loss", train_loss)
-        check(step, "gradient norm", norm.item())
-
-        # Say how it goes. The first step is slow, so the time that is left is counted without it.
-        left = ""
-        if step == first_step:
-            first_step_done = time.time()
-            print0(f"first step done {first_step_done - start_time:.1f} s after the start")
-        else:
-            seconds_a_step = (time.time() - first_step_done) / (step - first_step)
-            left = f" | {seconds_a_step * (args.num_iterations - step - 1) / 60:.1f} min left"
-        if step % args.log_every == 0 or step == args.num_iterations - 1:
-            mean = sum(seconds) / len(seconds)
-            seconds = []
-            tokens_per_second = args.total_batch_size / mean
-            mfu = ""
-            if peak:
-                mfu = f" | MFU {tokens_per_second * flops / world_size / peak:.1%}"
-            print0(f"step {step:5d}/{args.num_iterations} | loss {train_loss:.6f} | lr {lr:.2e} | "
-                   f"norm {norm:.4f} | {1000 * mean:.1f} ms | {tokens_per_second:,.0f} tok/s"
-                   f"{mfu}{left}")
-            log(f"s:{step} trl:{train_loss:.6f} lr:{lr:.2e} norm:{norm:.4f} ms:{1000 * mean:.1f}")
-
-    # ---- The end: say where everything is, and what to type next.
-    launch = "python train_gpt2.py" if world_size == 1 else "the same torchrun command with"
-    again = f"{launch} --resume --output_dir {shlex.quote(args.output_dir)}"
-    if not saved:
-        sys.exit(f"error: the steps since last.pt are lost: make room on the disk, then {again}")
-    best = folder / "last.pt"
-    exit_code = 0
-    if stop:
-        print0(f"stopped after {step} steps, and all is saved in {best} (whatever torchrun says "
-               f"below). To go on:\n    {again}")
-        # a program that a signal ended has the exit code 128 + the signal's number
-        exit_code = 128 + (signals or [signal.SIGTERM])[0]
-    else:
-        print0(f"done in {time.time() - start_time:.0f} s. Newest weights: {best}")
-        if device.type == "cuda":
-            print0(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-        if math.isfinite(best_val_loss):
-            best = folder / "best.pt"
-            print0(f"Lowest validation loss, {best_val_loss:.4f}: {best}")
-        print0(f"Next:\n    python train_gpt2.py --sample {shlex.quote(str(best))}")
-        if train_data.tokenizer == "gpt2":
-            print0(f"    python hellaswag.py -m {shlex.quote(str(best))}")
-        elif args.model == "tiny":
-            print0("or, for a larger model on a GPU, real text; this says what to type after it:\n"
-                   "    python fineweb.py --shards 10")
-    return exit_code
+        usual[number] = signal.signal(number, note)
+    try:
+        yield signals
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 # -------------------------------------------------------------------------------------------------
-# 8. To and from Hugging Face
+# 8. A trained model
 
-# This has nothing to do with training: you can stop here. Many programs read models in the form of
-# Hugging Face's transformers library. Here OpenAI's weights come in, and ours go out. The numbers
-# stay what they are; only names and layout change.
+# This works in a notebook as well, after `from train_gpt2 import *`:
+#
+#     model, tokenizer = load_model("logtiny/best.pt", "cpu")
+#     print_sample(model, tokenizer, "def ")
+#     evaluate(model, TokenLoader("stdlib_py*/stdlib_val_*.bin", T=128), num_sequences=100)
 
-# GPT-2's names are ours, but its queries, keys and values are one matrix, c_attn, and its linear
-# layers are stored as (in, out), the transpose of an nn.Linear.
-GPT2_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-# What to replace in the names of Llama, which are also Qwen3's, to get ours.
-LLAMA_NAMES = {
-    "model.embed_tokens": "transformer.wte", "model.layers": "transformer.h",
-    "model.norm": "transformer.ln_f", "input_layernorm": "ln_1",
-    "post_attention_layernorm": "ln_2", "self_attn": "attn", "q_proj": "c_q", "k_proj": "c_k",
-    "v_proj": "c_v", "o_proj": "c_proj", "gate_proj": "c_gate", "up_proj": "c_up",
-    "down_proj": "c_down",
+def load_model(name, device):
+    """A model to look at, and its tokenizer's name.
+
+    name: the path of a checkpoint, or one of OPENAI_MODELS.
+    """
+    if name in OPENAI_MODELS:
+        return from_openai(name).to(device).eval(), "gpt2"
+    checkpoint = read_checkpoint(name)
+    model = GPT(GPTConfig(**checkpoint["config"])).to(device)
+    model.load_state_dict(checkpoint["model"])
+    return model.eval(), checkpoint["tokenizer"]
+
+
+# For each tokenizer: how many ids it has, which of them marks the end of a text (and so the
+# beginning of the next; None if there is no such id), and what samples begin with. Shards know the
+# number of ids only, so no two may have the same.
+TOKENIZERS = {
+    "bytes": (fineweb.VOCAB_SIZE["bytes"], 256, "def "),
+    "gpt2": (fineweb.VOCAB_SIZE["gpt2"], 50256, "Hello, I'm a language model,"),
 }
 
 
-def our_names(name):
-    """Our name of a weight that transformers calls `name`; for GPT-2's c_attn our three names."""
-    for theirs, ours in LLAMA_NAMES.items():
-        name = name.replace(theirs, ours)
-    if "c_attn" in name:
-        return [name.replace("c_attn", part) for part in ("c_q", "c_k", "c_v")]
-    return [name]
+def tokenizer_name(vocab_size):
+    """The name of the tokenizer that has so many ids."""
+    for name, (size, _, _) in TOKENIZERS.items():
+        if size == vocab_size:
+            return name
+    sys.exit(f"error: the shards have a vocabulary of {vocab_size} ids, and no tokenizer has so "
+             f"many: add yours to TOKENIZERS and load_tokenizer() in train_gpt2.py")
+
+
+def load_tokenizer(name):
+    """Returns encode: text -> list of ids, and decode: list of ids -> text.
+
+    "bytes": each byte is its own id. "gpt2": fineweb.py tells how its 50,256 pieces were found.
+    """
+    if name == "bytes":
+        return lambda text: list(text.encode()), lambda ids: bytes(ids).decode(errors="replace")
+    if name == "gpt2":
+        import tiktoken  # here, because the default run does not need it
+
+        try:
+            bpe = tiktoken.get_encoding("gpt2")  # downloads the vocabulary, 1.5 MB, once
+        except OSError:
+            raise OSError("GPT-2's vocabulary is not here: go online once, or set "
+                          "TIKTOKEN_CACHE_DIR to a folder that has it") from None
+        return bpe.encode_ordinary, bpe.decode
+    raise ValueError(f"no tokenizer is called {name}: there are {', '.join(TOKENIZERS)}")
+
+
+@torch.no_grad()
+def generate(model, ids, max_new_tokens, temperature=0.8, top_k=50, generator=None, end=None):
+    """Yields up to max_new_tokens ids that continue the list ids; stops before the id `end`.
+
+    temperature: 0 takes the likeliest id each time; below 1 prefers likely ones, above 1 evens out.
+    top_k: draw from the k likeliest ids only, 0 for all. Without it, one of 50,000 unlikely ids is
+    drawn now and then, and the text derails. The whole text is computed again for each token. To
+    keep the keys and values of earlier positions would be faster, and would take much more code.
+    """
+    x = torch.tensor([ids], device=model.lm_head.weight.device)  # (1, T)
+    for _ in range(max_new_tokens):
+        # only the last position's scores are about what comes next
+        logits = model(x[:, -model.config.block_size :])[:, -1]  # (1, padded V)
+        if temperature == 0:
+            token = logits.argmax(dim=-1, keepdim=True)  # (1, 1)
+        else:
+            if top_k:
+                k = min(top_k, model.config.vocab_size)
+                kth_best = torch.topk(logits, k).values[:, -1:]  # (1, 1)
+                logits[logits < kth_best] = -math.inf
+            p = F.softmax(logits / temperature, dim=-1)
+            token = torch.multinomial(p, num_samples=1, generator=generator)  # (1, 1)
+        if token.item() == end:
+            return
+        yield token.item()
+        x = torch.cat((x, token), dim=1)
+
+
+def print_sample(model, tokenizer, prompt=None, seed=0, max_new_tokens=200, **options):
+    """Prints the prompt and what the model makes of it.
+
+    tokenizer: its name, as load_model() returns it. options: temperature and top_k of generate().
+    """
+    encode, decode = load_tokenizer(tokenizer)
+    _, end, usual_prompt = TOKENIZERS[tokenizer]
+    if prompt is None:
+        prompt = usual_prompt
+    ids = encode(prompt)
+    if end is not None:
+        # In training every text begins with <|endoftext|>: so does this one.
+        ids = [end] + encode(prompt.removeprefix("<|endoftext|>"))
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+    new_ids = generate(model, ids, max_new_tokens, generator=generator, end=end, **options)
+    print(prompt + decode(list(new_ids)), flush=True)
+
+
+def show_sample(model, tokenizer, args, step):
+    """A sample for the screen of a run, from process 0."""
+    if not is_first_process():
+        return
+    print0(f"--- a sample after {step} steps")
+    try:
+        # not compiled: it would be compiled anew for each length of the text
+        with torch.compiler.set_stance("force_eager"):
+            print_sample(model, tokenizer, args.prompt, args.seed + step, args.max_new_tokens,
+                         temperature=args.temperature, top_k=args.top_k)
+    except OSError as e:  # no vocabulary, or no terminal: no reason not to train
+        print0(f"no sample: {e}")
+    print0("---")
+
+
+def score_hellaswag(model, tokenizer, autocast, rank=0, world_size=1):
+    """The share of HellaSwag's questions that the model answers right; guessing gets 0.25.
+
+    With 8 processes each asks every eighth question.
+    """
+    encode, _ = load_tokenizer(tokenizer)
+    items = []
+    for question in hellaswag.load_questions()[rank::world_size]:
+        items.append(hellaswag.encode_question(question, encode, model.config.block_size))
+    logp = hellaswag.log_probs(model, items, autocast)
+    _, right = hellaswag.right_answers(logp, items)
+    right, asked = all_sum([right, len(items)], next(model.parameters()).device)
+    return right / asked
+
+
+# The shapes of OpenAI's models. (The way out, to Hugging Face's transformers, is report/export.py.)
+OPENAI_MODELS = {"gpt2": "d12", "gpt2-medium": "d24", "gpt2-large": "d36", "gpt2-xl": "d48"}
+# every switch as in 2019, in GPTConfig's words
+GPT2 = dict(norm="layernorm", mlp="gelu", pos="learned", bias=True, qk_norm=False)
 
 
 @torch.no_grad()
@@ -1701,7 +1701,10 @@ def from_openai(name, block_size=1024):
     block_size: the longest sequence, at most the 1024 positions that OpenAI's models have learned.
     The weights are downloaded once. A folder openai-community/NAME, where you are, is taken first.
     """
-    import transformers
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        sys.exit("error: OpenAI's weights take one more package: pip install transformers")
 
     theirs = transformers.GPT2LMHeadModel.from_pretrained(f"openai-community/{name}")
     c = theirs.config
@@ -1709,127 +1712,215 @@ def from_openai(name, block_size=1024):
         sys.exit(f"error: {name} has {c.n_positions} positions: use a smaller --sequence_length")
     shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_kv_head=c.n_head, n_embd=c.n_embd)
     model = GPT(GPTConfig(block_size=block_size, vocab_size=c.vocab_size, **shape, **GPT2))
-    state = model.state_dict()
+    ours = model.state_dict()
     for their_name, w in theirs.state_dict().items():
-        if their_name.endswith(GPT2_TRANSPOSED):
+        # Names are the same, but their linear layers are stored as (in, out), the transpose of
+        # ours, and queries, keys and values are one matrix, c_attn.
+        if their_name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             w = w.T
-        names = our_names(their_name)
-        # c_attn, (3C, C) by now, is c_q, c_k and c_v one below the other. All else is one piece.
+        names = [their_name]
+        if "c_attn" in their_name:
+            names = [their_name.replace("c_attn", part) for part in ("c_q", "c_k", "c_v")]
         for our_name, piece in zip(names, w.chunk(len(names)), strict=True):
             # ours has more rows where it pads the table, and fewer where it needs fewer positions
-            rows = min(len(piece), len(state[our_name]))
-            state[our_name][:rows] = piece[:rows]
+            rows = min(len(piece), len(ours[our_name]))
+            ours[our_name][:rows] = piece[:rows]
     return model
 
 
-@torch.no_grad()
-def to_transformers(config, state):
-    """A model of ours as one of transformers: GPT-2, Llama, or Qwen3, which is Llama with QK-norm.
-
-    config: a GPTConfig. state: its weights. Ends the program if no class has these switches.
-    """
-    import transformers
-
-    end = config.vocab_size - 1  # <|endoftext|>
-    settings = dict(vocab_size=config.vocab_size, tie_word_embeddings=True)
-    settings |= dict(bos_token_id=end, eos_token_id=end, pad_token_id=end)
-    is_gpt2 = asdict(config) == asdict(config) | GPT2 and config.n_kv_head == config.n_head
-    if is_gpt2:
-        settings |= dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
-        # one number by two names: llama.cpp and mlx-lm look for the second
-        settings |= dict(n_positions=config.block_size, n_ctx=config.block_size)
-        # we have no dropout; not told so, transformers would finetune GPT-2 with 0.1
-        settings |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings))
-    elif (config.norm, config.mlp, config.pos, config.bias) == ("rmsnorm", "swiglu", "rope", False):
-        settings |= dict(num_hidden_layers=config.n_layer, hidden_size=config.n_embd)
-        settings |= dict(num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head)
-        settings |= dict(head_dim=config.n_embd // config.n_head, rms_norm_eps=1e-6)
-        settings |= dict(max_position_embeddings=config.block_size)
-        settings |= dict(intermediate_size=len(state["transformer.h.0.mlp.c_gate.weight"]))
-        kind = "Qwen3" if config.qk_norm else "Llama"
-        their_config = getattr(transformers, f"{kind}Config")(**settings)
-        # the base of rope_tables(), where programs look for it that were made for transformers 4
-        their_config.rope_theta = 10000.0
-        theirs = getattr(transformers, f"{kind}ForCausalLM")(their_config)
-    else:
-        sys.exit(f"error: only the variant and --arch gpt2 can be exported, this is a {config}")
-    for their_name, p in theirs.state_dict().items():
-        w = torch.cat([state[our_name] for our_name in our_names(their_name)])
-        if is_gpt2 and their_name.endswith(GPT2_TRANSPOSED):
-            w = w.T
-        # without the rows that pad our table
-        p.copy_(w[: len(p)])
-    return theirs
-
-
-def export(checkpoint_path, folder):
-    """Writes a checkpoint, and GPT-2's tokenizer, as a folder that transformers opens."""
-    import transformers
-
-    if os.path.lexists(folder):
-        sys.exit(f"error: {folder} exists already: choose another folder")
-    checkpoint = read_checkpoint(checkpoint_path)
-    if checkpoint["tokenizer"] != "gpt2":
-        sys.exit(f"error: {checkpoint_path} knows only bytes, for which transformers has no "
-                 f"tokenizer: export a model that was trained on GPT-2's tokens")
-    config = GPTConfig(**checkpoint["config"])
-    theirs = to_transformers(config, checkpoint["model"])
-    # OpenAI's own, downloaded once. It has no token to fill up the shorter texts of a batch with;
-    # <|endoftext|> will do, because a mask hides it there.
-    tokenizer = transformers.GPT2Tokenizer.from_pretrained(
-        "openai-community/gpt2", pad_token="<|endoftext|>", model_max_length=config.block_size
-    )
-    theirs.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    print(f"{folder} is written. Begin prompts with <|endoftext|>, as documents do in training: "
-          f"the tokenizer adds none.\nNext, with the packages lm_eval and accelerate:\n"
-          f"    lm_eval --model hf --model_args {shlex.quote(f'pretrained={folder}')} "
-          f"--tasks hellaswag")
-
-
 # -------------------------------------------------------------------------------------------------
+# 9. The command line
+
+# The learning rates of d12 to d48 are four times those of GPT-3's models of these sizes (6e-4 to
+# 2e-4, table 2.1 of https://arxiv.org/abs/2005.14165), because training stays stable at such rates
+# with Muon and QK-norm. Only small models have been tried (report/README.md), so take them as a
+# guess: half as much or twice as much may be better. The folders are named after GPT-2's models.
+PRESETS = {
+    "tiny": dict(n_layer=4, n_head=4, n_embd=128, learning_rate=4e-3, output_dir="logtiny"),
+    "d12": dict(n_layer=12, n_head=12, n_embd=768, learning_rate=2.4e-3, output_dir="log124M"),
+    "d24": dict(n_layer=24, n_head=16, n_embd=1024, learning_rate=1.2e-3, output_dir="log350M"),
+    "d36": dict(n_layer=36, n_head=20, n_embd=1280, learning_rate=1e-3, output_dir="log774M"),
+    "d48": dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=8e-4, output_dir="log1558M"),
+}
+# tiny trains for a minute, on bytes; input_bin "" stands for the source of the standard library
+PRESETS["tiny"] |= dict(
+    input_bin="", sequence_length=128, total_batch_size=2048, num_iterations=600, warmup_iters=20,
+    val_loss_every=200, log_every=20, compile=False,
+)
+# --recipe original: how this variant was first trained, at half the learning rate
+# (https://github.com/Morris88826/CSCE-689-HW2, the course work that this project follows)
+ORIGINAL = dict(optimizer="adamw", schedule="cosine", warmup_iters=715, qk_norm=False)
+# --init_from: finetuning wants small steps, as the weights are good already. The rate is nanoGPT's
+# (there it stays the same all the time; ours falls).
+FINETUNE = dict(optimizer="adamw", learning_rate=3e-5, warmup_iters=0, total_batch_size=32768)
+
+
+def between(kind, low, high=math.inf):
+    """An argparse type: a number of this kind, int or float, from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in the range from {low} to {high}")
+        return value
+
+    parse.__name__ = kind.__name__  # what argparse calls it, if it is no number at all
+    return parse
+
+
+def make_parser():
+    """All settings, as flags. Where llm.c has one, it has the same name here.
+
+    The defaults are those of a run on FineWeb; a preset, --recipe, --arch and --init_from change
+    some of them.
+    """
+    show_as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=show_as_written)
+    # an error is one line; argparse would print a page of usage before it
+    parser.error = lambda message: sys.exit(f"error: {message}; see --help")
+    add = parser.add_argument
+    on_off = argparse.BooleanOptionalAction  # makes --qk_norm and --no-qk_norm
+    count = between(int, 0)
+    positive = between(int, 1)
+
+    # The model, and each number and switch of GPTConfig.
+    add("--model", choices=PRESETS, help="the size: one of PRESETS; default: tiny")
+    add("--arch", choices=["variant", "gpt2"], default="variant", help="gpt2: all switches back")
+    for number in "n_layer", "n_head", "n_kv_head", "n_embd":
+        add(f"--{number}", type=positive, help="default: the preset's")
+    for switch, names in SWITCHES.items():
+        add(f"--{switch}", choices=names, default=names[0])
+    add("--bias", action=on_off, default=False, help="biases in linear layers and LayerNorm")
+    add("--qk_norm", action=on_off, default=True, help="normalize queries and keys")
+    add("--init_from", choices=OPENAI_MODELS, help="begin with OpenAI's weights")
+
+    # What it learns from, and where it writes.
+    add("--input_bin", default="fineweb10B/fineweb_train_*.bin", metavar="PATTERN",
+        help="training shards, in quotes: '%(default)s'; those with _val_ for _train_ validate")
+    add("--output_dir", help="for main.log, last.pt, best.pt; default: the preset's")
+
+    # How long is a sequence? A shorter one costs less in attention, and needs no other weights
+    # (but for wpe's). The model can then read no more than that at a time.
+    add("--sequence_length", type=positive, default=1024, help="tokens in a sequence [%(default)s]")
+    # How large is a step? Its gradient is a mean over so many tokens, an estimate of what all text
+    # would say. Few tokens make a noisy estimate, with which only small steps are safe. Ever more
+    # tokens cost ever more and improve it less and less (https://arxiv.org/abs/1812.06162). GPT-3's
+    # model of 125M took half a million, and so do most since: here 512 sequences of 1024. If you
+    # change it: with Adam the best rate is known to grow with the root of it
+    # (https://arxiv.org/abs/2205.10287); it was not tried here. --num_iterations, --warmup_iters
+    # and --val_loss_every count steps, and not tokens.
+    add("--total_batch_size", type=positive, default=524288, help="tokens in a step [%(default)s]")
+    # How many of them does the GPU process at a time? That changes the speed and not the result,
+    # because their gradients are added up.
+    add("--batch_size", type=count, default=0, help="sequences at a time; 0: as many as fit")
+    # How long? For the lowest loss at a given cost a model should read about 20 tokens for each
+    # weight (https://arxiv.org/abs/2203.15556), d12 2.3 billion and d24 7. More of them make the
+    # same model better still, and a small model that many people use is worth it. 19,073 steps are
+    # the 10 billion tokens of FineWeb's sample, each read once.
+    add("--num_iterations", type=count, default=19073, help="steps [%(default)s]")
+    add("--overfit_single_batch", action="store_true",
+        help="learn the first step's batch again and again: its loss must fall to almost 0")
+
+    # How is it trained? Of all numbers the learning rate matters most. 0.1 and 1.0 are GPT-3's
+    # weight decay and clipping.
+    add("--recipe", choices=["today", "original"], default="today", help="original: AdamW, cosine")
+    add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the blocks' matrices")
+    add("--learning_rate", type=between(float, 0), help="its highest value; default: the preset's")
+    add("--schedule", choices=["wsd", "cosine"], default="wsd", help="how the rate falls")
+    add("--warmup_iters", type=count,
+        help="steps; default: the recipe's, or a tenth of a short run")
+    add("--weight_decay", type=between(float, 0), default=0.1,
+        help="of matrices and tables [%(default)s]")
+    add("--grad_clip", type=between(float, 0), default=1.0,
+        help="the longest gradient; 0: no limit [%(default)s]")
+    add("--seed", type=count, default=1337, help="for weights, data order, samples [%(default)s]")
+
+    # What to see and keep. Each validation also saves, so no more is lost in a crash than the steps
+    # since the last one.
+    add("--val_loss_every", type=count, default=250,
+        help="steps to the next validation, sample, checkpoint; 0: at the end only [%(default)s]")
+    add("--val_tokens", type=positive, default=10485760,
+        help="tokens a validation takes, or all there are [%(default)s]")
+    add("--hellaswag_every", type=count, default=0, help="steps to a HellaSwag score; 0: no")
+    add("--log_every", type=positive, default=1, help="steps from line to line")
+    add("--resume", action="store_true", help="go on from last.pt in output_dir, if it exists")
+    add("--prompt", help="what samples begin with")
+    add("--temperature", type=between(float, 0), default=0.8, help="of samples [%(default)s]")
+    add("--top_k", type=count, default=50, help="of samples; 0: all ids [%(default)s]")
+    add("--max_new_tokens", type=count, default=200, help="longest sample [%(default)s]")
+
+    # The machine. By default all that it can do.
+    add("--device", choices=["cuda", "mps", "cpu"], help="default: the first of these there is")
+    add("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 if the device has it")
+    add("--compile", action=on_off, help="torch.compile; default: on a GPU")
+
+    # Instead of training.
+    add("--sample", metavar="CHECKPOINT", help="let a checkpoint, or gpt2 ... gpt2-xl, write")
+    return parser
+
+
+def parse_args(argv):
+    """Returns the settings. What was typed wins over all defaults.
+
+    The defaults are those of make_parser(), then in this order the preset's, --recipe's,
+    --init_from's and --arch's. A run that is resumed has its own flags as defaults instead.
+    """
+    parser = make_parser()
+    typed = parser.parse_args(argv)
+    model = typed.model or OPENAI_MODELS.get(typed.init_from, "tiny")
+    defaults = {"model": model, "warmup_iters": 250} | PRESETS[model]
+    if typed.recipe == "original":
+        defaults |= ORIGINAL
+        defaults["learning_rate"] /= 2
+    if typed.init_from:
+        defaults |= FINETUNE | {"arch": "gpt2", "output_dir": f"log_{typed.init_from}"}
+    if typed.arch == "gpt2" or typed.init_from:
+        defaults |= GPT2 | {"n_kv_head": typed.n_head or defaults["n_head"]}
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    if typed.warmup_iters is None:
+        # a short run should not be all warm-up
+        args.warmup_iters = min(args.warmup_iters, args.num_iterations // 10)
+
+    last = Path(args.output_dir, "last.pt")
+    if args.resume and not last.exists():
+        if typed.output_dir and not (typed.model or typed.init_from):
+            sys.exit(f"error: {last} does not exist: to begin a run there, add --model and so on")
+        args.resume = False
+    if args.resume:
+        stored = read_checkpoint(last)["args"]
+        parser.set_defaults(**stored | {"output_dir": args.output_dir})
+        args = parser.parse_args(argv)
+        # These stand for several others, which they would not change any more; and averages of one
+        # optimizer are of no use to another.
+        for name in "model", "arch", "recipe", "init_from", "optimizer":
+            if getattr(args, name) != stored[name]:
+                sys.exit(f"error: {last} was begun with --{name} {stored[name]}: leave the flag "
+                         f"out, or begin a new run in another --output_dir")
+    args.command = shlex.join(["python", "train_gpt2.py", *argv])
+    return args
+
 
 def main(argv):
     """Does what the command line asks for. Returns the exit code."""
-    try:
-        args, checkpoint = parse_args(argv)
-        if args.export:
-            export(*args.export)
-            return 0
-        if args.sample is not None:
-            model, tokenizer = load_model(args.sample, pick_device(args.device))
-            print_sample(model, tokenizer, args.prompt, args.seed, args.max_new_tokens,
-                         temperature=args.temperature, top_k=args.top_k)
-            return 0
-        with contextlib.ExitStack() as at_end:
-            exit_code = train(args, checkpoint, at_end)
-        if dist.is_initialized():
-            # DDP's objects refer to each other in a circle, and keep threads alive that would abort
-            # a program that is ending: collect them first.
-            gc.collect()
-            dist.destroy_process_group()
-        return exit_code
-    except ModuleNotFoundError as e:
-        sys.exit(f"error: this takes one more package: pip install {e.name}")
-    except BrokenPipeError:  # whoever read our output, head for example, has left: say no more
-        sys.stdout = open(os.devnull, "w")
-        return 1
-    except OSError as e:  # no permission, no space, no network
-        reason = str(e).strip().split("\n")[0]
-        sys.exit(f"error: {reason}: fix that, and if the run had begun, go on with --resume")
-    except (RuntimeError, MemoryError) as e:
-        if "out of memory" not in str(e) and "allocate" not in str(e):
-            raise
-        # the weights and the optimizers' averages take as much for any batch
-        where = {frame.name for frame in traceback.extract_tb(e.__traceback__)}
-        smaller = "--model" if where & {"step", "__init__"} else "--batch_size"
-        sys.exit(f"error: out of memory: choose a smaller {smaller}")
+    args = parse_args(argv)
+    if args.sample is not None:
+        model, tokenizer = load_model(args.sample, pick_device(args.device))
+        print_sample(model, tokenizer, args.prompt, args.seed, args.max_new_tokens,
+                     temperature=args.temperature, top_k=args.top_k)
+        return 0
+    with stop_signals() as signals:
+        stopped = train(args, signals)
+    if dist.is_initialized():
+        # DDP's objects refer to each other in a circle, and keep threads alive that would abort a
+        # program that is ending: collect them first.
+        gc.collect()
+        dist.destroy_process_group()
+    # a program that a signal ended has the exit code 128 + the signal's number
+    return 128 + signals[0] if stopped and signals else 0
 
 
 if __name__ == "__main__":
     # a character of a sample that the terminal lacks becomes a "?", and does not end the run
-    sys.stdout.reconfigure(errors="replace")
-    # the second Ctrl-C of a run, and the first of anything else, ends it without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     sys.exit(main(sys.argv[1:]))
