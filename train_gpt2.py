@@ -908,7 +908,6 @@ def train(args, signals=()):
 
     stopped = False
     saved = True
-    step = first_step
     seconds = []  # how long each step took since the last line that was printed
 
     # ---- The training loop. It has one round more than there are steps, which only looks at the
@@ -1425,7 +1424,11 @@ def read_checkpoint(path):
 
 def load_run(args, model, optimizers):
     """Puts last.pt into them. Returns its step, and its last and its lowest validation loss."""
-    checkpoint = read_checkpoint(Path(args.output_dir, "last.pt"))
+    last = Path(args.output_dir, "last.pt")
+    checkpoint = read_checkpoint(last)
+    if checkpoint["step"] > args.num_iterations:
+        sys.exit(f"error: {last} has {checkpoint['step']} steps behind it: a larger "
+                 f"--num_iterations than {args.num_iterations}")
     check_config(GPTConfig(**checkpoint["config"]), model.config)
     model.load_state_dict(checkpoint["model"])
     for optimizer, stored in zip(optimizers, checkpoint["optimizer"], strict=True):
