@@ -6,10 +6,10 @@ token ids: a token is a piece of text, a byte or a frequent word. At each positi
 every possible next id a score (a logit), and softmax turns the scores into probabilities. The loss
 of a position is -log p(the id that really comes next), with the natural logarithm, so in nats:
     0       the model was certain, and right
-    5.5     it gave the same probability to all 257 ids of a vocabulary of bytes, which has one id
-            more to mark where a text begins: ln 257 = 5.5
+    5.5     it gave the same probability to all 257 ids of a vocabulary of bytes (the 256 bytes, and
+            one id that marks where a text begins): ln 257 = 5.5
     10.8    it gave the same to all 50,257 ids of GPT-2's vocabulary: ln 50,257 = 10.8
-    3.3     where a trained GPT-2 ends: as unsure as among e^3.3 = 27 equally likely ids
+    3.3     where a trained GPT-2 ends: as if it had to guess among e^3.3 = 27 equally likely ids
 Training lowers the mean loss. Each step runs the model on some text, computes the gradient of the
 loss, and moves every weight a little. A run takes hundreds to tens of thousands of steps. Nobody
 has to label anything: the right answer at each position is the id that follows in the text.
@@ -29,13 +29,14 @@ Letters and words in comments:
     N   B * T, all tokens of a batch in one row
     fp32, bf16   32-bit numbers, and 16-bit ones with the same range but only 2 to 3 decimal digits,
                  which take half the memory and are several times as fast to multiply
-    tiny, d12    two of the sizes that one can train: 4 layers for a laptop, and GPT-2's smallest,
-                 with 12 layers
+    tiny, d12, d24    sizes that one can train: a toy of 4 layers and 128 channels for a laptop, and
+                 two of GPT-2's, with 12 layers and 768 channels, and 24 and 1024
 
 Launch it:
-    python train_gpt2.py                       a minute or two on a laptop: it learns Python
+    python train_gpt2.py                       tiny, a minute or two on a laptop: it learns to write
+                                               Python, from the source of Python's own library
     python fineweb.py                          downloads FineWeb, 10 billion tokens of web pages
-    python train_gpt2.py --model d12           trains the shape of GPT-2's 124M on them, on one GPU
+    python train_gpt2.py --model d12           learns from them, on one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --model d12       the same on eight
     python train_gpt2.py --sample logtiny/best.pt --prompt "def "            let it write
     python train_gpt2.py --resume --output_dir log124M    goes on after a crash, Ctrl-C, a full disk
@@ -81,10 +82,7 @@ import hellaswag
 # -------------------------------------------------------------------------------------------------
 # 1. The model
 
-# Every part below also exists in a standard class of Hugging Face's transformers library, so that
-# other programs can open what we train.
-
-# The switches that have a name, and what each may be: first the variant's, then GPT-2's.
+# Three parts of the model come in two kinds each: first the variant's, then GPT-2's.
 SWITCHES = {"norm": ("rmsnorm", "layernorm"), "mlp": ("swiglu", "gelu"), "pos": ("rope", "learned")}
 
 
@@ -97,7 +95,7 @@ class GPTConfig:
 
     n_layer: int = 12         # blocks, one after the other
     n_head: int = 12          # attention heads, side by side in each block
-    n_kv_head: int | None = None  # key/value heads; None: half as many as n_head; GPT-2 has n_head
+    n_kv_head: int | None = None  # key/value heads; None: half as many; GPT-2 has n_head
     n_embd: int = 768         # C, numbers in the vector of one position
     block_size: int = 1024    # the longest sequence, in tokens
     vocab_size: int = 50257   # V, ids that exist
@@ -108,16 +106,8 @@ class GPTConfig:
     qk_norm: bool = True      # normalize each head's queries and keys; GPT-2 does not
 
     def __post_init__(self):
-        if self.n_kv_head is None:
-            # two query heads share one, if they come in pairs (the 25 of the largest size do not)
-            self.n_kv_head = self.n_head // 2 if self.n_head % 2 == 0 else self.n_head
-        # a head's width must be even, because rotary positions rotate pairs of numbers
-        if self.n_embd % (2 * self.n_head) or self.n_head % self.n_kv_head:
-            raise ValueError(f"n_embd must be a multiple of 2 n_head, and n_head one of n_kv_head, "
-                             f"but this is {self}")
-        for switch, names in SWITCHES.items():
-            if getattr(self, switch) not in names:
-                raise ValueError(f"{switch} must be one of {names}, but this is {self}")
+        # chooses n_kv_head where it is None, and raises the error
+        complete_config(self)
 
 
 class RMSNorm(nn.Module):
@@ -125,7 +115,7 @@ class RMSNorm(nn.Module):
 
     x (..., dim) -> the same shape and dtype (https://arxiv.org/abs/1910.07467). Every block adds
     its result to the vectors, so their numbers grow from block to block. Each part of the model
-    therefore reads a copy that is scaled to one size.
+    therefore reads a copy in which they have the size 1 again.
     GPT-2's LayerNorm also subtracts the mean and adds a bias. That turned out not to be needed.
     """
 
@@ -134,8 +124,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))  # the gain
 
     def forward(self, x):
-        # x may be bf16, whose 2 to 3 digits are too few for a sum of many squares, so: fp32. The
-        # 1e-6 keeps a vector of zeros from being divided by 0.
+        # x may be bf16, whose 2 to 3 digits are too few for a sum of many squares: compute in fp32.
+        # The 1e-6 keeps a vector of zeros from being divided by 0.
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + 1e-6)
         return (y * self.weight).to(x.dtype)
@@ -154,19 +144,17 @@ def make_norm(config):
 # and that of every earlier position, by their dot product, and takes a mean of the values, in
 # which those with fitting keys weigh most.
 #
-# So far a query finds the same keys wherever they stand: if two earlier tokens changed places, the
-# mean would be the same, and "dog bites man" would be "man bites dog". (Nearly: an earlier position
-# has itself looked at what is before it, and so carries a hint.) The order has to enter somehow.
-# GPT-2 adds a learned vector to each position. Rotary positions (RoPE,
-# https://arxiv.org/abs/2104.09864) instead rotate queries and keys, pair of channels by pair, by
-# angles that grow with time.
+# So far a query finds the same keys wherever they stand. If two earlier tokens changed places, the
+# mean would be the same, and "dog bites man" would be "man bites dog". The order has to enter
+# somehow. GPT-2 adds a learned vector to each position. Rotary positions (RoPE,
+# https://arxiv.org/abs/2104.09864) instead rotate queries and keys by angles that grow with time.
 #
-# Why rotate? Let R(a) be the rotation by an angle a. If q stands at a and k at b, their dot product
-# is the same as if q were not rotated, and k by the difference:
+# Why rotate? Let R(a) be the rotation by an angle a. If a query has been rotated by a, and a key by
+# b, their dot product is as if only the key had been rotated, by the difference:
 #     R(a) q · R(b) k = q · R(-a) R(b) k = q · R(b - a) k
-# So a score depends on the distance b - a alone: "three tokens ago" looks the same everywhere in
-# the text. (Distances longer than any in training are new to the model all the same, so do not
-# expect it to read further than the sequences that it has learned from.)
+# The angles are a position times a constant, so a score depends on the distance alone: "three
+# tokens ago" looks the same everywhere in the text. (Distances longer than any in training are new
+# to the model all the same. Do not expect it to read further than it was trained to.)
 
 def rope_tables(T, D, base=10000.0):
     """cos and sin of every angle, each (T, D/2).
@@ -183,17 +171,17 @@ def rope_tables(T, D, base=10000.0):
 def apply_rope(x, cos, sin):
     """Rotates queries or keys x (B, T, heads, D) by their time. cos and sin are (T, D/2).
 
-    A pair (a, b) of channels, rotated by an angle:
+    Each pair of channels (first, second) is a point in the plane, and turns by its angle:
 
-        | cos  -sin |   | a |
-        | sin   cos | · | b |
+        | cos  -sin |   | first  |
+        | sin   cos | · | second |
     """
     # (T, 1, D/2): the angle depends on time, dimension 1 of x, and is the same for every head
     cos = cos.unsqueeze(1)
     sin = sin.unsqueeze(1)
-    # the first and the second members of all pairs
-    a, b = x.chunk(2, dim=-1)  # (B, T, heads, D/2) both
-    rotated = torch.cat((cos * a - sin * b, sin * a + cos * b), dim=-1)
+    # the two members of all pairs: the first half of the channels, and the second
+    first, second = x.chunk(2, dim=-1)  # (B, T, heads, D/2) both
+    rotated = torch.cat((cos * first - sin * second, sin * first + cos * second), dim=-1)
     # the tables are fp32, so the products are too; go back to what x was
     return rotated.to(x.dtype)
 
@@ -216,10 +204,10 @@ def causal_attention(q, k, v):
 
     Why divide by sqrt(D)? A dot product adds up D products. If the numbers are random, of standard
     deviation 1, their sum has the standard deviation sqrt(D), and the largest score of a row would
-    take nearly all of the softmax. A softmax passes gradients on as p (1 - p) to the score of its
-    own position, and as -p p' to that of another. All of these are near 0 where one p is near 1
-    and the others near 0: such a row could hardly learn to look somewhere else. (So the division
-    is for numbers of size 1. If they are smaller it does no good: the lab's experiment 2.)
+    take nearly all of the softmax. Then learning is slow: the derivative of a probability p by its
+    own score is p (1 - p), by another position's score -p p', and all of these are near 0 if one p
+    is near 1 and the others near 0. (Queries and keys that begin much smaller do not need the
+    division: see experiment 2 of the lab, in report/README.md.)
     """
     # Flash attention (https://arxiv.org/abs/2205.14135) gives the same numbers, computed tile by
     # tile in the small fast memory of the chip, so that no (T, T) matrix is ever stored.
@@ -227,14 +215,15 @@ def causal_attention(q, k, v):
 
 
 class CausalSelfAttention(nn.Module):
-    """Every position gathers what it needs from the positions before it, as described above.
+    """Every position gathers what it needs from itself and those before it, as described above.
 
     Each head does this on its own, with a q, k and v of D numbers that it makes from all C
     channels. So one may look for the verb, and another for the matching bracket. In grouped-query
-    attention (https://arxiv.org/abs/2305.13245) query heads 0 and 1 share key/value head 0, heads
-    2 and 3 share head 1, and so on. Why? A program that writes text with a trained model usually
-    keeps the keys and values of all earlier positions, so as not to compute them again for each
-    new token. With half the heads they take half the memory. (It also saves some weights.)
+    attention (https://arxiv.org/abs/2305.13245) heads share keys and values: if there are half as
+    many of these, query heads 0 and 1 share key/value head 0, heads 2 and 3 share head 1, and so
+    on. Why? A program that writes long texts with a trained model keeps the keys and values of all
+    earlier positions, so as not to compute them again for each new token. (Ours does compute them
+    again.) With half the heads they take half the memory.
     """
 
     def __init__(self, config):
@@ -260,10 +249,10 @@ class CausalSelfAttention(nn.Module):
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
         if self.qk_norm:
-            # QK-norm: after it every q and k has length sqrt(D) (times the gain). A dot product is
-            # then at most D, and a score, which is divided by sqrt(D), at most sqrt(D), however
-            # large c_q and c_k grow. At a high learning rate a softmax would otherwise get stuck on
-            # one position (https://arxiv.org/abs/2302.05442).
+            # QK-norm: after it every q and k has length sqrt(D), as long as the gains are near 1. A
+            # dot product is then at most D, and a score, which is divided by sqrt(D), at most
+            # sqrt(D), however large c_q and c_k grow. At a high learning rate a softmax would
+            # otherwise get stuck on one position (https://arxiv.org/abs/2302.05442).
             q = self.q_norm(q)
             k = self.k_norm(k)
         if rope is not None:
@@ -282,9 +271,9 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """Multi-layer perceptron: works on what attention has brought to a position, each by itself.
 
-    Attention only takes means, and a mean of vectors is nothing new. Somebody has to draw
-    conclusions from them, and that takes a function which is no straight line. GPT-2's MLP widens
-    the vector to 4C, applies GELU (a smooth ReLU), and goes back to C:
+    Attention only takes means of vectors. To draw a conclusion from what has been brought together
+    takes a function that is not linear. GPT-2's MLP widens the vector to 4C, applies GELU (a smooth
+    ReLU), and goes back to C:
 
         y = c_proj(gelu(c_fc(x)))
 
@@ -301,8 +290,8 @@ class MLP(nn.Module):
         super().__init__()
         self.swiglu = config.mlp == "swiglu"
         if self.swiglu:
-            # Rounded up to a multiple of 64, because GPUs multiply matrices in blocks. From C = 768
-            # on that adds at most 1.3 %. (In tiny, 341 become 384: an eighth more weights.)
+            # Rounded up to a multiple of 64, because GPUs multiply matrices in blocks. At GPT-2's
+            # widths that adds at most 1.3 %. (In tiny, 341 become 384: an eighth more weights.)
             hidden = 64 * math.ceil(8 * config.n_embd / 3 / 64)
             self.c_gate = nn.Linear(config.n_embd, hidden, bias=config.bias)
             self.c_up = nn.Linear(config.n_embd, hidden, bias=config.bias)
@@ -327,9 +316,8 @@ class Block(nn.Module):
     copy of it (pre-norm) and writes by adding. Adding passes gradients on unchanged. So they reach
     the first block as directly as the last one, and deep models can be trained.
 
-    GPT-2 also had dropout here, x + dropout(attn(...)): in training it sets random numbers to 0, so
-    that a model cannot learn its texts by heart. A model that reads ten billion tokens once cannot
-    do that anyway, and so has none today. If you read a small text many times, this is the place.
+    (If a small text is read many times, x + dropout(attn(...)) keeps a model from learning it by
+    heart, and so for the MLP; GPT-2 had it. Who reads ten billion tokens once does not need it.)
     """
 
     def __init__(self, config):
@@ -386,9 +374,8 @@ class GPT(nn.Module):
         # The same table scores the ids at the end: an id's score is the dot product of the final
         # vector with the id's row. Ids that are used alike get similar rows, which serves both ends
         # (https://arxiv.org/abs/1608.05859). With two tables d12 would have 155M weights, a third
-        # more. Some newer scripts pay that, and learn faster with it. In runs of 3M tokens with
-        # 50,257 ids two tables were no better than one (report/README.md). Leave this line out to
-        # have two. (Looking up a row costs nothing, so flops_per_token() must then not count wte.)
+        # more. Some newer scripts pay that, and learn faster. To have two, leave this line out (and
+        # wte out of flops_per_token(), because looking up a row costs nothing).
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
@@ -420,11 +407,11 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe.weight[:T]  # (T, C), the same for every sequence
         else:
             rope = (self.cos[:T], self.sin[:T])
-        # In bf16, if that is what we compute in (section 5): half the memory.
+        # From here on bf16, if that is what we compute in (section 5): half the memory.
         x = x.to(compute_dtype(x))
         for block in self.transformer.h:
             x = block(x, rope)
-        # nn.LayerNorm may return fp32 here: go back to what x is
+        # PyTorch's own LayerNorm always returns fp32 then: go back to what x is
         return self.transformer.ln_f(x).to(x.dtype)
 
     def forward(self, idx, targets=None):
@@ -432,6 +419,9 @@ class GPT(nn.Module):
 
         Without targets: fp32 scores for each next id (the logits), (B, T, padded V), -inf for ids
         that are only padding. With targets (B, T): the mean loss, a scalar, in nats a token.
+
+        To write a text, draw an id from softmax(logits) at the last position, put it behind the
+        others, and run the model again: generate(), in part II.
         """
         x = self.features(idx)
         if targets is not None:
@@ -446,10 +436,10 @@ class GPT(nn.Module):
 # -------------------------------------------------------------------------------------------------
 # 2. The loss
 
-# forward() ends with head_loss(), which lm_head belongs to. In plain form, with x (N, C) from
-# features() and W (V, C) the weight of lm_head, it is
+# head_loss() takes what features() gives, x (N, C), and W (padded V, C), the weight of lm_head. In
+# plain form it is
 #
-#     logits = x @ W.T                            # (N, V), a score for every id
+#     logits = x @ W.T                            # (N, padded V), a score for every id
 #     loss = F.cross_entropy(logits, targets)     # mean of -log softmax(logits)[target]
 #
 # This is called the cross-entropy, and it is all there is to the loss. A bit of calculus shows what
@@ -467,9 +457,9 @@ class GPT(nn.Module):
 #
 # Why not call F.cross_entropy, then? The logits of 64 sequences of 1024 tokens take
 # 64 * 1024 * 50,304 * 4 bytes = 13 GB in fp32, and more than one copy of them would be kept until
-# the backward pass. But the gradient needs no more than the logits themselves. So head_loss() takes
-# a slice of the tokens, computes their logits, loss and gradients at once, and forgets the logits
-# (section 6). The numbers are the same.
+# the backward pass. But the gradient of a token's logits needs no other token. So head_loss(), in
+# part II, computes logits, loss and gradients for a slice of the tokens, forgets the logits, and
+# goes on to the next slice. The numbers are the same.
 
 # -------------------------------------------------------------------------------------------------
 # 3. The data
@@ -509,8 +499,7 @@ class TokenLoader:
 
     Number 5 begins the next epoch, in another order. Which row has number 4 follows from the number
     and the seed alone, so there is no state to save: a run that is resumed at step 1000 reads what
-    it would have read. (NumPy keeps its random orders from version to version by habit, and does
-    not promise it: go on with the version of NumPy that you began with.)
+    it would have read.
 
     Rows are cut without regard to texts: one may begin in the middle of a text and hold several,
     with <|endoftext|>, the id that marks where a text begins, in between. The model learns that
@@ -527,7 +516,7 @@ class TokenLoader:
         self.total = sum(self.counts)
 
     def order(self, n, *key):
-        """0 ... n - 1 in the order in which an epoch visits them."""
+        """0 ... n - 1 in random order, the same for the same key; as they are if seed is None."""
         return range(n) if self.seed is None else permutation(n, self.seed, *key)
 
     def locate(self, number):
@@ -546,21 +535,12 @@ class TokenLoader:
         for i in range(count):
             shard, row = self.locate(first + i)
             start = row * self.T
+            # only this piece is read from the disk
             rows[i] = fineweb.read_shard(self.paths[shard])[start : start + self.T + 1]
             check_ids(rows[i], self.vocab_size, self.paths[shard])
         rows = to_device(torch.from_numpy(rows), device)
         # contiguous() copies: shifted views of one tensor gave wrong results on Apple's GPUs
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
-
-@functools.lru_cache(maxsize=4)
-def permutation(n, *key):
-    """The numbers 0 ... n - 1 in a random order. It is the same each time for the same key.
-
-    locate() asks for it once for each sequence, so the last few are kept: one for the shards, and
-    one for the rows of the shard at hand.
-    """
-    return np.random.default_rng(key).permutation(n)
 
 
 @torch.no_grad()
@@ -569,9 +549,9 @@ def evaluate(model, data, num_sequences, batch_size=16, autocast=contextlib.null
     """The mean loss of the first num_sequences of data, a TokenLoader, in nats a token.
 
     data is text that the model never learns from, so a model that has only memorized does badly.
-    (Do not wonder if this loss is below the training loss: it is the mean over much text, of one
-    and the same model, and the other that of a single batch before it was learned from.)
-    With several GPUs this is process number rank of world_size, and does its share.
+    (A loss below the training loss is no fault: this is other text, and much of it, and that is
+    the loss of one batch.) autocast() opens a block that computes in bf16: see section 5. With
+    several GPUs there are world_size processes, and this one, number rank, does its share.
     """
     device = next(model.parameters()).device
     loss_sum = 0.0
@@ -593,53 +573,58 @@ def evaluate(model, data, num_sequences, batch_size=16, autocast=contextlib.null
 # The gradient g says for every weight w in which direction the loss grows. The simplest optimizer
 # goes the other way, w -= lr * g. But one learning rate lr for all is too large for weights with
 # large gradients and too small for those with tiny ones. Adam keeps two running averages for each
-# weight, m of g and v of g^2, and AdamW (https://arxiv.org/abs/1711.05101) adds weight decay:
+# weight, m of g and v of g^2, and AdamW (https://arxiv.org/abs/1711.05101) adds weight decay. After
+# n steps:
 #
 #     m = 0.9 m + 0.1 g        v = 0.95 v + 0.05 g^2
-#     w -= lr * (m / (sqrt(v) + eps) + weight_decay * w)
+#     w -= lr * (m / (1 - 0.9^n) / (sqrt(v / (1 - 0.95^n)) + eps) + weight_decay * w)
 #
-# m smooths the direction over about 10 steps. Dividing by sqrt(v) makes the size of the gradients
-# irrelevant: where all recent gradients agree, a step is about lr long. Where they are now positive
-# and now negative at random, they mostly cancel in m, and a step is about 0.2 lr long. (The
-# standard deviation of such an average is sqrt((1 - 0.9) / (1 + 0.9)) = 0.23 of one.) eps avoids a
-# division by 0. m and v start at 0, so after n steps they are divided by 1 - 0.9^n and 1 - 0.95^n,
-# the share of a full average that they have. Weight decay pulls weights a little towards 0, so that
-# those which the data does not need fade.
+#     m              smooths the direction over about 10 steps.
+#     sqrt(v)        makes the size of the gradients irrelevant. A weight whose gradients agree
+#                    moves by about lr in a step. One whose gradients are now positive and now
+#                    negative, at random, moves by about 0.2 lr, as they nearly cancel in m: the mean
+#                    has sqrt(0.1 / 1.9) = 0.23 of their standard deviation.
+#     1 - 0.9^n      is the share of a full average that m has, since it began at 0. So for v.
+#     eps            avoids a division by 0.
+#     weight_decay   pulls weights a little towards 0, so that those which the data does not need
+#                    fade.
 #
 # Muon (https://kellerjordan.github.io/posts/muon) is the newer optimizer, for the matrices of the
-# blocks. Where Adam evens out the sizes of single numbers, Muon looks at the matrix as a whole. In
-# plain form, with g and w matrices:
+# blocks. Where Adam evens out the sizes of single numbers, Muon looks at the matrix as a whole.
+# Every matrix is a rotation, a stretch along each axis, and another rotation. A gradient has a few
+# large stretches and many tiny ones: a plain step moves the matrix along a few directions, and
+# hardly along the others. But the small ones are not only noise. Rare things in the text give small
+# gradients, and the same ones again and again. So Muon keeps the rotations and sets all stretches
+# to 1, and every direction is learned at the same speed. In plain form, with g and w matrices:
 #
 #     m = 0.95 m + 0.05 g
 #     u = orthogonalize(0.95 m + 0.05 g)
 #     w -= lr * (0.2 sqrt(max(rows, cols)) * u + weight_decay * w)
-#
-# What is it to orthogonalize? Every matrix is a rotation W, a stretch S along each axis, and
-# another rotation U: the product U S W, with the stretches (the singular values) on the diagonal of
-# S. A gradient has a few large stretches and many tiny ones. So a plain step moves the matrix along
-# a few directions, and hardly along the others. But the small ones are not only noise: rare things
-# in the text give small gradients, and the same ones again and again. So Muon sets all stretches to
-# 1, which leaves U W, and every direction is learned at the same speed.
 
 def orthogonalize(matrices):
-    """Makes all singular values of matrices (n, rows, cols) about 1. Same shape and dtype.
+    """Makes all stretches of matrices (n, rows, cols) about 1. The same shape and dtype.
 
-    To compute U and W themselves (an SVD) would take far too long. But X = U S W can be multiplied
-    with itself. A rotation times its transpose is 1, so X X^T X = U S W W^T S U^T U S W = U S^3 W:
-    the same rotations, and every stretch s becomes s^3. In X X^T X X^T X it becomes s^5. So a
-    weighted sum of the three, made of matrix products only, does this to each stretch:
+    Write a matrix as X = U S V: U and V are rotations, and S has the stretches s (the singular
+    values) on its diagonal. To compute these would take far too long. But X can be multiplied with
+    itself. A rotation times its transpose is the identity, so
+
+        X X^T X = U S V V^T S U^T U S V = U S^3 V
+
+    has the same rotations, and every s has become s^3. In X X^T X X^T X it becomes s^5. So a
+    weighted sum of the three does this to each stretch alone:
+
         s -> a s + b s^3 + c s^5
+
     With the a, b and c below, doing this five times brings every s between 1/500 and 1 to between
-    0.7 and 1.2. That is near enough to 1. Smaller ones stay smaller. (a, b and c were found by
-    search, see the link above.)
+    0.7 and 1.2, which is near enough to 1. (They were found by search, see the link above.)
     """
     a, b, c = 3.4445, -4.775, 2.0315
     # X X^T is (rows, rows), and X^T X would be (cols, cols). Lay tall matrices on their side, so
     # that it is the smaller one.
     tall = matrices.size(1) > matrices.size(2)
     X = matrices.mT if tall else matrices
-    # The polynomial needs singular values of at most 1, and none is larger than the matrix's norm,
-    # the root of the sum of the squares of its entries.
+    # The polynomial needs stretches of at most 1, and none is larger than the matrix's norm, the
+    # root of the sum of the squares of its entries.
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         # A X is X X^T X, and A A X is X X^T X X^T X: this is the weighted sum of the three
@@ -652,11 +637,10 @@ def orthogonalize(matrices):
 class Muon(torch.optim.Optimizer):
     """Averages the gradients, makes the average orthogonal, and takes a step along it.
 
-    It is for the matrices of the blocks, which turn one vector into another. The table wte is
-    left to AdamW: its rows do not work together, each is the vector of one token and is looked up
-    alone. (As lm_head it does turn a vector into scores; Muon's author found AdamW better there,
-    too.) dtype is the precision of the products: bf16 is exact enough, but slow where the hardware
-    lacks it. torch.optim.Muon with adjust_lr_fn="match_rms_adamw" is the same, a matrix at a time.
+    It is for the matrices of the blocks, which turn one vector into another. The table wte is left
+    to AdamW, because each of its rows is looked up alone. dtype is the precision of the products:
+    bf16 is exact enough, but slow where the hardware lacks it. torch.optim.Muon with
+    adjust_lr_fn="match_rms_adamw" is the same, a matrix at a time.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95, dtype=torch.bfloat16):
@@ -680,8 +664,8 @@ class Muon(torch.optim.Optimizer):
             m = self.state[p]["momentum_buffer"]
             # the running average, 0.95 m + 0.05 grad (a.lerp(b, w) is (1 - w) a + w b)
             m.lerp_(p.grad, 1 - group["momentum"])
-            # Nesterov's idea: step along what the average would be after one more such gradient,
-            # 0.95 m + 0.05 grad once more.
+            # step along what the average would be after one more such gradient (Nesterov's idea):
+            # 0.95 m + 0.05 grad once more
             updates.append(p.grad.lerp(m, group["momentum"]).to(self.dtype))
         orthogonal = orthogonalize(torch.stack(updates))  # (n, rows, cols)
         # The rows of a wide matrix have length 1 now, and so entries of about 1 / sqrt(cols). A
@@ -701,8 +685,8 @@ def make_optimizers(model, optimizer="muon", learning_rate=4e-3, weight_decay=0.
     With optimizer "adamw" it is AdamW alone. With "muon" AdamW is the first, and Muon the second
     has the matrices of the blocks. dtype: the precision of Muon's products.
 
-    What they cost in memory: 4 bytes for a weight, 4 for its gradient, 8 for AdamW's two averages
-    or 4 for Muon's one. That is 4.2 GB for d24, before it has read a single token.
+    They make the memory that a model needs: 4 bytes for a weight, 4 for its gradient, and 8 for
+    AdamW's two averages or 4 for Muon's one. For d24, with 330M weights, these are 4.2 GB.
     """
     matrices = []
     decayed = []
@@ -748,8 +732,8 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
     still high looks worse than it is. wsd means warm up, stable, decay
     (https://arxiv.org/abs/2404.06395). Its authors decay over the last 10 to 20 % of a run, and we
     over the last 70 %, like https://github.com/KellerJordan/modded-nanogpt, the speedrun.
-    What d12 gets at some of its 19,073 steps (--recipe original is how this variant was first
-    trained, with half the rate and a longer warm-up):
+    What d12 gets at some of its 19,073 steps, with 250 steps of warm-up to 2.4e-3, and as this
+    variant was first trained (--recipe original), with 715 to 1.2e-3:
 
         step                             0         125       10,000    19,072
         --recipe today      (wsd)        2.4e-4    1.3e-3    1.6e-3    1.8e-7
@@ -795,18 +779,18 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
 #
 #              exponent  fraction   next to 1 comes
 #     fp32        8         23      1.0000001
-#     TF32        8         10      1.001
 #     bf16        8          7      1.008
 #
-# (TF32 is never stored: a GPU may round the inputs of an fp32 product to it.) Matrix products do
-# well in bf16, and so does the residual stream. Where many numbers are added up, 2 to 3 digits are
-# too few: the norms, every softmax, the loss and RoPE are in fp32. So are the weights, and the sums
-# that their gradients are collected in. (Each micro-batch's part of a gradient comes out of a
-# product in bf16.) Why the weights? They have a size of 0.02, and a step changes them by about
+# In bf16 are the matrix products, which take most of the time, and the residual stream. Where many
+# numbers are added up, 2 to 3 digits are too few: the norms, every softmax and the loss are in
+# fp32, and so is RoPE. PyTorch's autocast sees to that. The weights are in fp32, too, and autocast
+# makes copies in bf16 for the products. Their gradients come out of products in bf16, but several
+# of them are added up in fp32.
+#
+# Why not keep the weights in bf16? They have a size of 0.02, and a step changes them by about
 # 0.2 lr. At d12's highest rate, 2.4e-3, that is 0.0005, or 2.4 % of a weight. A thousand steps
-# before the end it is 0.2 %, and bf16, where the next number is up to 0.8 % further, would round
-# most of it away. PyTorch's autocast does this: it takes copies in bf16 of the weights that it
-# multiplies with.
+# before the end it is 0.2 %. Since the next number in bf16 is up to 0.8 % further, most of that
+# would be rounded away.
 
 def train(args, signals=()):
     """One run, from the first line on the screen to the last. Returns whether it was stopped early.
@@ -818,26 +802,27 @@ def train(args, signals=()):
 
     # ---- The machine. torchrun starts one process for each GPU, all with this same file. Each is
     # told its rank, its number among world_size processes. Without torchrun there is one, number 0.
-    # autocast() opens a block whose products are in bf16, or changes nothing if dtype is float32.
     rank, world_size, device = start_processes(args.device)
+    # dtype is "bfloat16" or "float32". `with autocast():` computes in it.
     dtype, autocast = pick_autocast(args.dtype, device)
 
-    # ---- The data: shards to learn from, and others to validate on.
+    # ---- The data: a loader of text to learn from, and one of text to validate on.
     T = args.sequence_length
     train_data, val_data = open_data(args)
     num_val_sequences = max(1, min(args.val_tokens // T, val_data.total))
+    # how this text became numbers, "bytes" or "gpt2": samples and checkpoints need it
     tokenizer = tokenizer_name(train_data.vocab_size)
 
     # ---- The model. Every process draws the same random numbers, and so has the same weights.
     config = make_config(args, train_data.vocab_size)
     torch.manual_seed(args.seed)
+    # made where it will live, because a CPU is slow at a billion random numbers
     with device:
         model = GPT(config)
     if args.init_from and not args.resume:
         model = from_openai(args.init_from, T).to(device)
-        check_config(model.config, config)
-    # The model that is looked at: validated, asked questions, written to best.pt. Here it is the
-    # one that is trained. (With an average of the weights, it would be the average.)
+        require_same_config(model.config, config)
+    # the one that is validated, writes samples and goes into best.pt: here the same
     eval_model = model
 
     # ---- The optimizers, and where the run stands. A resumed run takes all of it from last.pt.
@@ -846,35 +831,32 @@ def train(args, signals=()):
     first_step, val_loss, best_val_loss = 0, math.inf, math.inf
     if args.resume:
         first_step, val_loss, best_val_loss = load_run(args, model, optimizers)
-    check_same_step(first_step, device)
+    require_same_step(first_step, device)
 
     # ---- A step in pieces. Its batch, half a million tokens for d12, does not fit a GPU at once.
-    # So it is cut into micro-batches that do, and they run one after the other. A GPU with 80 GB
-    # takes 64 sequences of d12 at a time. For one with 16 GB that would be 64 * 16 / 80 = 12.8, so
-    # it takes 8, and needs 64 micro-batches for a step of 512 sequences; two of them need 32 each.
+    # So it is cut into micro-batches of batch_size sequences, and they run one after the other. A
+    # GPU with 80 GB takes 64 sequences of d12 at a time. For one with 16 GB that would be
+    # 64 * 16 / 80 = 12.8. So it takes 8, which divide the 512 of a step, and needs 64 micro-batches
+    # for them. Two such GPUs need 32 each.
     compiled = can_compile(args.compile, device)
     batch_size = pick_batch_size(args, device, dtype, compiled, world_size)
     grad_accum_steps = args.total_batch_size // (batch_size * T * world_size)
 
-    # ---- torch.compile reads the model's Python, and writes kernels that do several operations at
-    # once, so that results in between need not go to the GPU's memory and back. It does so at the
-    # first call, which takes a minute, for the forward and the backward pass. (dynamic=False: for
-    # exactly one shape. Optimizers, samples and HellaSwag are not compiled.)
+    # ---- torch.compile reads the model's Python, and writes kernels (functions that run on the
+    # GPU) that do several operations at once, so that results in between need not go to the GPU's
+    # memory and back. It does so at the first call, which takes a minute, for the forward and the
+    # backward pass; optimizers, samples and HellaSwag run as they are. dynamic=False: write them
+    # for the one shape that all batches have.
     if compiled:
         model.compile(dynamic=False)
 
     # ---- DDP, distributed data parallel, is how several GPUs train one model. Each has a copy of
     # it and its own part of the batch. At the end of backward() the gradients of all are averaged
-    # (for d12 each sends 466 MB, 4 bytes a weight), and every copy takes the same step. The sum is
-    # made in another order than on one GPU, so last digits differ. Nothing else does.
+    # (d12's are 466 MB, 4 bytes a weight), and every copy takes the same step. They are added up in
+    # another order than on one GPU, so last digits differ. Nothing else does.
     ddp_model = model
     if world_size > 1:
         ddp_model = nn.parallel.DistributedDataParallel(model)
-
-    # ---- The folder. From here on it is ours, and what an earlier run left there is moved aside.
-    folder, lock = claim_folder(args.output_dir, args.resume)
-    print_header(args, config, model, train_data, batch_size, grad_accum_steps, world_size,
-                 device, dtype, compiled, folder, first_step)
 
     def micro_batch(step, micro_step):
         """x and y, (batch_size, T) each: this process's part of a micro-batch."""
@@ -890,25 +872,25 @@ def train(args, signals=()):
         first = (number * world_size + rank) * batch_size
         return train_data.batch(first, batch_size, device)
 
-    def state_of(some_model, steps):
-        """What a checkpoint knows of a model that has had so many steps."""
-        return {"config": asdict(config), "model": some_model.state_dict(), "step": steps,
-                "tokenizer": tokenizer, "val_loss": val_loss}
+    def save(name, some_model, steps):
+        """Writes a model that has had so many steps. Returns whether the disk had room for it."""
+        state = {"config": asdict(config), "model": some_model.state_dict(), "step": steps,
+                 "tokenizer": tokenizer, "val_loss": val_loss}
+        if name == "last.pt":
+            # What a resumed run needs besides. (Which data comes next needs no entry: it follows
+            # from the seed and the step.)
+            state["optimizer"] = [optimizer.state_dict() for optimizer in optimizers]
+            state |= {"best_val_loss": best_val_loss, "args": vars(args)}
+        return save_checkpoint(folder / name, state)
 
-    def save_last(steps):
-        """Writes last.pt, all that a resumed run needs. Returns whether there was room for it.
-
-        That is the weights, the optimizers' averages, and the step: which data comes next and what
-        samples look like follows from the seed and the step.
-        """
-        state = state_of(model, steps)
-        state |= {"optimizer": [optimizer.state_dict() for optimizer in optimizers]}
-        state |= {"best_val_loss": best_val_loss, "args": vars(args)}
-        return save_checkpoint(folder / "last.pt", state)
-
-    stopped = False
+    # ---- The folder. From here on it is ours (a lock says so), and what an earlier run left there
+    # is moved aside. The first lines on the screen say what this run is.
+    folder, lock = claim_folder(args.output_dir, args.resume)
+    print_header(args, config, model, train_data, batch_size, grad_accum_steps, world_size,
+                 device, dtype, compiled, folder, first_step)
     saved = True
-    seconds = []  # how long each step took since the last line that was printed
+    stopped = False
+    seconds = []  # how long each step took, since the last line on the screen
 
     # ---- The training loop. It has one round more than there are steps, which only looks at the
     # final weights. So the top of round `step` sees a model that has had `step` steps.
@@ -916,26 +898,27 @@ def train(args, signals=()):
         last = step == args.num_iterations
 
         # Once in a while: how good is it on text that it does not learn from? Step 0 shows an
-        # untrained model, whose loss should be about ln V.
+        # untrained model, whose loss should be about ln V. (main.log has llm.c's words for numbers:
+        # tel is the validation loss, trl the training loss, eval HellaSwag's score.)
         if last or is_due(step, args.val_loss_every):
             eval_model.eval()
             val_loss = evaluate(eval_model, val_data, num_val_sequences, batch_size, autocast,
                                 rank, world_size)
             print0(f"step {step:5d}/{args.num_iterations} | val loss {val_loss:.6f}")
             write_log(folder, step, tel=val_loss)
-            # before it is saved over the last good state
-            check_finite(f"validation loss of step {step}", val_loss, folder)
-            # Save, so that a crash costs little: best.pt, the weights with the lowest validation
-            # loss, and last.pt. (An untrained model is not worth keeping, nor what was just read.)
+            # a nan ends the run here, before it is saved over the last good weights
+            require_finite(f"validation loss of step {step}", val_loss, folder)
+            # Save: best.pt, the weights with the lowest validation loss, if they are not the random
+            # ones of the start; and last.pt, to go on from, if this is not what we went on from.
             if step > 0 and val_loss < best_val_loss:
-                if save_checkpoint(folder / "best.pt", state_of(eval_model, step)):
+                if save("best.pt", eval_model, step):
                     best_val_loss = val_loss
             if step > first_step or last:
-                saved = save_last(step)
-            # Read what it writes. No loss tells that it only repeats itself.
+                saved = save("last.pt", model, step)
+            # Read what it writes: no loss tells you that it only repeats itself.
             show_sample(eval_model, tokenizer, args, step)
 
-        # And HellaSwag, a benchmark of questions with four answers to choose from.
+        # And HellaSwag, questions with four answers to choose from: what share is right?
         if args.hellaswag_every > 0 and (last or is_due(step, args.hellaswag_every)):
             eval_model.eval()
             score = score_hellaswag(eval_model, tokenizer, autocast, rank, world_size)
@@ -954,7 +937,7 @@ def train(args, signals=()):
             x, y = micro_batch(step, micro_step)
             # DDP: the processes' gradients have to meet only once a step, in the last micro-batch.
             if world_size > 1:
-                ddp_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+                ddp_model.require_backward_grad_sync = (micro_step == grad_accum_steps - 1)
             with autocast():
                 loss = ddp_model(x, y)
             # The loss is a mean over the micro-batch, and what we want is the mean over all of
@@ -967,51 +950,48 @@ def train(args, signals=()):
             loss.backward()
 
         # Clip: if the gradients of all weights, taken as one long vector, are longer than 1, scale
-        # them to length 1. At first that is the rule, and works like a second warm-up (in the
-        # default run 156 of the first 200 steps). Later it is for the odd batch with a gradient
-        # many times as long, which would fill the averages of both optimizers, and move the weights
-        # along it for ten or twenty steps. norm is the length before clipping.
+        # them to length 1. At first most are (175 of the default run's first 200), and clipping is
+        # a second warm-up. Later it is an insurance: one odd batch may have a gradient many times
+        # as long, and would fill the optimizers' averages with it for ten or twenty steps. (Without
+        # clipping the default run ends CLIPNUM higher, means of three seeds on one machine.) norm
+        # is the length before.
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
 
-        # The step itself. Some parameters may want a multiple of the rate: a group that has an
-        # "lr_scale" gets it.
+        # The step itself.
         lr = get_lr(step, args.num_iterations, args.learning_rate, args.warmup_iters, args.schedule)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
+                # a group may ask for a multiple of it
                 group["lr"] = lr * group.get("lr_scale", 1.0)
             optimizer.step()
             # Forget the gradients, or the next ones would be added to them.
             optimizer.zero_grad()
 
         # Python runs ahead of a GPU, which works through a queue of kernels. .item() waits until
-        # the GPU is done: before it, the clock would only show how long it takes to order the work.
-        # Every such look at a number (a print(loss) does it, too) leaves the GPU idle for a moment,
-        # so there is one a step, and none in the loop over micro-batches.
-        train_loss = loss_sum.item() / world_size
-        # The sum over processes of loss / world_size is the mean loss. In the same message go the
-        # signals: if one process was asked to stop, all learn it here, and stop at the same step.
-        train_loss, num_signals = all_sum([train_loss, len(signals)], device)
+        # all of it is done, and only then does the clock show how long a step takes. So it stands
+        # here, once a step. (A print(loss) in the loop above would wait for each micro-batch.)
+        loss_here = loss_sum.item()
+        # All processes learn what the loss is, which is the mean of theirs, and how many signals
+        # have come: if one of them was asked to stop, all of them stop, at the same step.
+        loss_of_all, num_signals = all_sum([loss_here, len(signals)], device)
+        train_loss = loss_of_all / world_size
         seconds.append(time.time() - t0)
-        check_finite(f"loss of step {step}", train_loss, folder)
-        check_finite(f"gradient norm of step {step}", norm.item(), folder)
+        require_finite(f"loss of step {step}", train_loss, folder)
+        require_finite(f"gradient norm of step {step}", norm.item(), folder)
 
-        # Say how it goes: a line to the screen, and one to main.log. (The first step has a line of
-        # its own, because it is slow: PyTorch is still getting ready.)
+        # Say how it goes. (The first step has a line of its own, because it is slow.)
         if step == first_step:
             print0(f"first step done {time.time() - start_time:.1f} s after the start")
         if step == first_step or step + 1 == args.num_iterations or is_due(step, args.log_every):
             ms = 1000 * sum(seconds) / len(seconds)
             seconds = []
-            speed = speed_in_words(ms, args, model, world_size, device)
-            minutes_left = ms * (args.num_iterations - step - 1) / 60_000
-            print0(f"step {step:5d}/{args.num_iterations} | loss {train_loss:.6f} | lr {lr:.2e} | "
-                   f"norm {norm:.4f} | {speed} | {minutes_left:.1f} min left")
+            print_step(args, step, train_loss, lr, norm, ms, model, world_size, device)
             write_log(folder, step, trl=train_loss, lr=lr, norm=norm.item(), ms=ms)
 
         # Was it asked to stop? Then save and go, without validating first: a scheduler that wants
         # its machine back waits for half a minute, and then kills.
         if num_signals > 0:
-            saved = save_last(step + 1)
+            saved = save("last.pt", model, step + 1)
             stopped = True
             break
 
@@ -1144,12 +1124,12 @@ def split_by_shape(params):
             yield equal[start : start + 16]
 
 
-def pick_device(name=None):
+def pick_device(name=None, local_rank=0):
     """The torch.device to run on: the one that is named, else the first of cuda, mps and cpu."""
     if name is None:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name
-    return torch.device(name)
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
 def start_processes(device_name):
@@ -1157,15 +1137,15 @@ def start_processes(device_name):
 
     If torchrun started it, it joins the others. If not, it is alone.
     """
-    rank, world_size = 0, 1
-    device = pick_device(device_name)
+    rank, local_rank, world_size = 0, 0, 1
     if dist.is_torchelastic_launched():
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        names = "RANK", "LOCAL_RANK", "WORLD_SIZE"
+        rank, local_rank, world_size = (int(os.environ[name]) for name in names)
+    device = pick_device(device_name, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # TF32 for the matrix products that are still fp32: see section 5
+        # Matrix products that are still fp32 may round their inputs to TF32, which has 3 digits:
+        # several times as fast.
         torch.set_float32_matmul_precision("high")
     if world_size > 1:
         # NCCL connects GPUs, gloo connects CPUs. A process waits an hour for the others before it
@@ -1278,18 +1258,15 @@ def card_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def speed_in_words(ms, args, model, world_size, device):
-    """Milliseconds a step, tokens a second and, for a known card, MFU (model FLOPs utilization).
+@functools.lru_cache(maxsize=4)
+def permutation(n, *key):
+    """The numbers 0 ... n - 1 in a random order. It is the same each time for the same key.
 
-    That is the share of the card's peak that the run uses; 40 to 60 % is good.
+    The loader asks for it once for each sequence, so the last few are kept: one for the shards, one
+    for the rows of the shard at hand, and two more for an epoch that ends in a batch. (NumPy does
+    not promise the same order in all its versions: go on with the one that a run was begun with.)
     """
-    tokens_per_second = 1000 * args.total_batch_size / ms
-    words = f"{ms:.1f} ms | {tokens_per_second:,.0f} tok/s"
-    for name, peak in PEAK_FLOPS.items():
-        if name in card_name(device):
-            mfu = tokens_per_second * flops_per_token(model) / world_size / peak
-            return f"{words} | MFU {mfu:.1%}"
-    return words
+    return np.random.default_rng(key).permutation(n)
 
 
 def check_ids(ids, vocab_size, path):
@@ -1327,26 +1304,36 @@ def open_data(args):
 # -------------------------------------------------------------------------------------------------
 # 7. A run: what it says, what it keeps, how it stops and goes on
 
-# What you will see of d12 on one H100 (the speeds are calculated, nobody has tried it):
+# What you will see of d12 on an H100 (nobody has tried it: where a number stands as ..., it is not
+# known yet):
 #
 #     python train_gpt2.py --model d12
-#     model d12: 12 layers, 12 heads (6 key/value), 768 wide | 116,510,976 parameters | 812.3 ...
+#     model d12: 12 layers, 12 heads (6 key/value), 768 wide | 116,510,976 parameters | ...
 #     device NVIDIA H100 80GB HBM3, bfloat16, compiled | 524,288 tokens a step = 64 sequences x ...
-#     data fineweb10B: 10,255,... tokens an epoch, 9,999,745,024 in this run
-#     step     0/19073 | val loss 10.9...
-#     first step done 60 s after the start
-#     step     0/19073 | loss 10.9... | lr 2.40e-04 | norm ... | ... tok/s | MFU ...
+#     data fineweb10B: ... tokens an epoch, 9,999,745,024 in this run
+#     step     0/19073 | val loss ...
+#     step     0/19073 | loss ... | lr 2.40e-04 | norm ... | ... tok/s | MFU ... | ... min left
 #
 # The loss begins near ln V, falls fast for some hundred steps and then ever more slowly, and
 # wobbles by a few percent, since each step has another batch. llm.c's GPT-2 124M has a validation
 # loss on FineWeb of 6.17 after 250 steps, 3.86 after 2,000, 3.39 after 10,000 and 3.27 at the end
-# (its log of 2024-10-13, in the records of the speedrun). We hope that ours stays below that.
-#     stays near ln V     Something is broken: try --overfit_single_batch, whose loss has to come
-#                         down to almost 0.
-#     jumps up, stays     The learning rate was too high, and the newest last.pt has the damage in
-#                         it. Begin again with half the rate.
-#     nan                 The run ends by itself, before that is saved. If the loss had not jumped
-#                         before, last.pt is good.
+# (its log of 2024-10-13, in the records of the speedrun). We hope that ours stays below that. If it
+# stays near ln V, something is broken: try --overfit_single_batch, whose loss has to come down to
+# almost 0. If it jumps up and stays there, the rate was too high: begin again with half of it.
+
+def complete_config(config):
+    """Chooses n_kv_head where it is None, and raises a ValueError if this can be no model."""
+    if config.n_kv_head is None:
+        # two query heads share one, if they come in pairs (d48's 25 do not)
+        config.n_kv_head = config.n_head // 2 if config.n_head % 2 == 0 else config.n_head
+    # a head's width must be even, because rotary positions rotate pairs of numbers
+    if config.n_embd % (2 * config.n_head) or config.n_head % config.n_kv_head:
+        raise ValueError(f"n_embd must be a multiple of 2 n_head, and n_head one of n_kv_head, but "
+                         f"this is {config}")
+    for switch, names in SWITCHES.items():
+        if getattr(config, switch) not in names:
+            raise ValueError(f"{switch} must be one of {names}, but this is {config}")
+
 
 def make_config(args, vocab_size):
     """The GPTConfig that the flags ask for. Each of its fields has a flag of the same name, but for
@@ -1358,21 +1345,21 @@ def make_config(args, vocab_size):
         sys.exit(f"error: {e}")
 
 
-def check_config(trained, wanted):
+def require_same_config(trained, wanted):
     """Ends the run if weights of one shape are to go on as a model of another."""
     if trained != wanted:
         sys.exit(f"error: the weights are those of a {trained}, and flags and data ask for a "
                  f"{wanted}: change these, or begin a new run")
 
 
-def check_finite(what, value, folder):
+def require_finite(what, value, folder):
     """Ends the run if value is nan or infinite: no later step repairs that."""
     if not math.isfinite(value):
         sys.exit(f"error: the {what} is {value}: go on from {folder}/last.pt if it exists, with a "
                  f"lower --learning_rate")
 
 
-def check_same_step(first_step, device):
+def require_same_step(first_step, device):
     """Ends the run if processes are at different steps, as on two machines with one last.pt."""
     steps, squares = all_sum([first_step, first_step**2], device)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -1430,7 +1417,7 @@ def load_run(args, model, optimizers):
     if checkpoint["step"] > args.num_iterations:
         sys.exit(f"error: {last} has {checkpoint['step']} steps behind it: a larger "
                  f"--num_iterations than {args.num_iterations}")
-    check_config(GPTConfig(**checkpoint["config"]), model.config)
+    require_same_config(GPTConfig(**checkpoint["config"]), model.config)
     model.load_state_dict(checkpoint["model"])
     for optimizer, stored in zip(optimizers, checkpoint["optimizer"], strict=True):
         # Only the averages: the settings, such as weight decay, are those of the flags. And a copy:
@@ -1512,6 +1499,24 @@ def print_header(args, config, model, train_data, batch_size, grad_accum_steps, 
         print0(f"resuming {folder} at step {first_step}")
     if device.type == "cpu" and args.device is None and args.model != "tiny":
         print0("NOTE: PyTorch sees no GPU, and a CPU takes minutes for one step of such a model")
+
+
+def print_step(args, step, train_loss, lr, norm, ms, model, world_size, device):
+    """A step's line on the screen. ms: what a step took, a mean over those since the last line.
+
+    MFU (model FLOPs utilization) is the share of the card's peak that the run uses; 40 to 60 % is
+    good. It is left out if the card is not in PEAK_FLOPS.
+    """
+    tokens_per_second = 1000 * args.total_batch_size / ms
+    mfu = ""
+    for name, peak in PEAK_FLOPS.items():
+        if name in card_name(device):
+            mfu = f" | MFU {tokens_per_second * flops_per_token(model) / world_size / peak:.1%}"
+            break
+    minutes_left = ms * (args.num_iterations - step - 1) / 60_000
+    print0(f"step {step:5d}/{args.num_iterations} | loss {train_loss:.6f} | lr {lr:.2e} | "
+           f"norm {norm:.4f} | {ms:.1f} ms | {tokens_per_second:,.0f} tok/s{mfu} | "
+           f"{minutes_left:.1f} min left")
 
 
 def print_end(args, step, stopped, saved, best_val_loss, seconds, tokenizer, device):
