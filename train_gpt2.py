@@ -582,8 +582,8 @@ def evaluate(model, data, num_sequences, batch_size=16, autocast=contextlib.null
 #     m              smooths the direction over about 10 steps.
 #     sqrt(v)        makes the size of the gradients irrelevant. A weight whose gradients agree
 #                    moves by about lr in a step. One whose gradients are now positive and now
-#                    negative, at random, moves by about 0.2 lr, as they nearly cancel in m: the mean
-#                    has sqrt(0.1 / 1.9) = 0.23 of their standard deviation.
+#                    negative, at random, moves by about 0.2 lr, as they nearly cancel in m: the
+#                    average has sqrt(0.1 / 1.9) = 0.23 of their standard deviation.
 #     1 - 0.9^n      is the share of a full average that m has, since it began at 0. So for v.
 #     eps            avoids a division by 0.
 #     weight_decay   pulls weights a little towards 0, so that those which the data does not need
