@@ -47,12 +47,12 @@ import train_gpt2  # noqa: E402
 
 def only_losses():
     """Neither samples nor checkpoints: of these runs only the log is kept."""
-    train_gpt2.print_sample = lambda *args, **options: None
+    train_gpt2.show_sample = lambda *args: None
     # True stands for "saved"; without it train_gpt2.py would end with an error
     train_gpt2.save_checkpoint = lambda path, state: True
 
 def rope_by_head():
-    """The slip in the original: a rotation that expects (B, T, heads, D) gets (B, heads, T, D).
+    """The course work's slip: a rotation that expects (B, T, heads, D) gets (B, heads, T, D).
 
     So the angle grows with the number of the head, and is the same at every time.
     """
@@ -78,21 +78,15 @@ def untied_head(factor):
         table = model.transformer.wte.weight
         model.lm_head.weight = nn.Parameter(torch.zeros_like(table))
 
-    def with_rate(model, args, dtype):
-        optimizers = make_optimizers(model, args, dtype)
+    def with_rate(model, *args, **options):
+        optimizers = make_optimizers(model, *args, **options)
         adamw = optimizers[0]
         # out of the group of both tables, into one of its own
         group = adamw.param_groups[0]
         head = model.lm_head.weight
         group["params"] = [p for p in group["params"] if p is not head]
-        adamw.add_param_group({"params": [head], "weight_decay": group["weight_decay"]})
-        own = adamw.param_groups[-1]
-
-        def scale(optimizer, args, kwargs):
-            # train() sets lr anew before each step, so the factors do not pile up
-            own["lr"] *= factor
-
-        adamw.register_step_pre_hook(scale)
+        own = {"params": [head], "weight_decay": group["weight_decay"], "lr_scale": factor}
+        adamw.add_param_group(own)
         return optimizers
 
     train_gpt2.GPT.__init__ = untied_init
@@ -147,10 +141,11 @@ class Trial:
     rate: float = 1.0  # times the group's rate for the optimizer
     share: float = 1.0  # of the group's steps
 
-ORIGINAL = "--recipe original"
+COURSE = "--recipe original"
 GPT2 = "--arch gpt2"
-# A name is its log's folder. "homework" was the first version's word for the original recipe, and
-# {n_head} in a flag stands for the group's number of heads.
+BOTH = f"{GPT2} {COURSE}"
+# A name is its log's folder. "homework" was the first version's word for the course work's recipe,
+# and {n_head} in a flag stands for the group's number of heads.
 TRIALS = {
     "today": Trial("the default"),
     "adamw": Trial("AdamW instead of Muon", "--optimizer adamw"),
@@ -164,19 +159,19 @@ TRIALS = {
     "all_heads": Trial("a key/value head for each query head", "--n_kv_head {n_head}"),
     "bias": Trial("with biases", "--bias"),
     "gpt2_today": Trial("GPT-2's architecture, today's recipe", GPT2),
-    "homework": Trial("the variant, the original recipe (AdamW)", ORIGINAL),
-    "gpt2": Trial("GPT-2's architecture, the original recipe (AdamW)", f"{GPT2} {ORIGINAL}"),
-    "homework_75": Trial("the variant with AdamW, 75 % of the tokens", ORIGINAL, share=0.75),
+    "homework": Trial("the variant, the course work's recipe (AdamW)", COURSE),
+    "gpt2": Trial("GPT-2's architecture, the course work's recipe (AdamW)", BOTH),
+    "homework_75": Trial("the variant with AdamW, 75 % of the tokens", COURSE, share=0.75),
     "today_35": Trial("the default, 35 % of the tokens", share=0.35),
     "untied_1": Trial("a head of its own, with the same rate", patch="untied_1"),
     "untied_2": Trial("a head of its own, with twice the rate", patch="untied_2"),
     "rope_by_head": Trial("RoPE turned by head instead of by time", patch="rope_by_head"),
     "today_half": Trial("the default, half its rate", rate=0.5),
     "today_twice": Trial("the default, twice its rate", rate=2),
-    "adamw_half": Trial("the variant, the original recipe, half its rate", ORIGINAL, rate=0.5),
-    "adamw_twice": Trial("the variant, the original recipe, twice its rate", ORIGINAL, rate=2),
-    "gpt2_half": Trial("GPT-2, the original recipe, half its rate", f"{GPT2} {ORIGINAL}", rate=0.5),
-    "gpt2_twice": Trial("GPT-2, the original recipe, twice its rate", f"{GPT2} {ORIGINAL}", rate=2),
+    "adamw_half": Trial("the variant, the course work's recipe, half its rate", COURSE, rate=0.5),
+    "adamw_twice": Trial("the variant, the course work's recipe, twice its rate", COURSE, rate=2),
+    "gpt2_half": Trial("GPT-2, the course work's recipe, half its rate", BOTH, rate=0.5),
+    "gpt2_twice": Trial("GPT-2, the course work's recipe, twice its rate", BOTH, rate=2),
 }
 # Ideas that were tried and not taken. Their patches are in git commit 121cbef; here only their logs
 # are shown.
@@ -240,10 +235,10 @@ def arguments(group, name, seed, data):
     """The arguments with which this file, in a process of its own, makes the run."""
     shared = GROUPS[group]
     trial = TRIALS[name]
-    with_muon = "adamw" not in trial.flags and ORIGINAL not in trial.flags
+    with_muon = "adamw" not in trial.flags and COURSE not in trial.flags
     rate = trial.rate * (shared.muon if with_muon else shared.adamw)
     # how many heads models of this group have, by their flags or by their preset
-    args, _ = train_gpt2.parse_args(shlex.split(shared.flags))
+    args = train_gpt2.parse_args(shlex.split(shared.flags))
     steps = round(trial.share * shared.steps)
     # a short run should not be all warm-up
     warmup = min(shared.warmup, steps // 10)

@@ -25,7 +25,6 @@ import shlex
 import statistics
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -75,7 +74,7 @@ class Contender:
         parser.add_argument("--peer")
         model_name, *flags = shlex.split(spec)
         own, flags = parser.parse_known_args(flags)
-        args, _ = train_gpt2.parse_args(["--model", model_name, *flags])
+        args = train_gpt2.parse_args(["--model", model_name, *flags])
         if own.peer and args.arch != "gpt2":
             # its operations are counted on our model of the same shape
             sys.exit(f"error: {spec}: a peer has GPT-2's architecture: add --arch gpt2")
@@ -85,11 +84,8 @@ class Contender:
 
         # input_bin "" (tiny's) stands for Python's standard library as bytes, all else for
         # GPT-2's tokens
-        vocabulary = "gpt2" if args.input_bin else "bytes"
-        vocab_size = fineweb.VOCAB_SIZE[vocabulary]
-        fields = asdict(train_gpt2.GPTConfig())
-        shape = {name: getattr(args, name) for name in fields if name in args}
-        config = train_gpt2.GPTConfig(block_size=T, vocab_size=vocab_size, **shape)
+        vocab_size = fineweb.VOCAB_SIZE["gpt2" if args.input_bin else "bytes"]
+        config = train_gpt2.make_config(args, vocab_size)
 
         # counted on the meta device, which knows shapes and holds no numbers
         with torch.device("meta"):
@@ -104,31 +100,23 @@ class Contender:
         else:
             with self.device:
                 self.model = train_gpt2.GPT(config)
-            self.optimizers = train_gpt2.make_optimizers(self.model, args, dtype)
+            self.optimizers = train_gpt2.make_optimizers(
+                self.model, args.optimizer, args.learning_rate, args.weight_decay, dtype
+            )
         self.grad_clip = args.grad_clip or math.inf
         self.is_peer = bool(own.peer)
-        compiled = args.compile
-        if compiled is None:
-            compiled = self.device.type == "cuda"
-        self.forward = self.model
+        compiled = train_gpt2.can_compile(args.compile, self.device)
         if compiled:
-            self.forward = torch.compile(self.model, dynamic=False)
+            self.model.compile(dynamic=False)
         # llm.c's forward() returns (None, loss) if told that nobody wants the logits
         self.options = {}
         if "return_logits" in inspect.signature(self.model.forward).parameters:
             self.options = {"return_logits": False}
 
-        sequences = args.total_batch_size // T
-        if sequences == 0:
-            sys.exit(f"error: {spec}: a step has no whole sequence of {T} tokens")
-        B = args.batch_size or train_gpt2.pick_batch_size(
-            args, self.device, dtype, compiled, sequences
-        )
-        if sequences % B:
-            sys.exit(f"error: {spec}: a step has {sequences} sequences, no multiple of {B}")
-        self.grad_accum_steps = sequences // B
+        B = train_gpt2.pick_batch_size(args, self.device, dtype, compiled)
+        self.tokens = args.total_batch_size
+        self.grad_accum_steps = self.tokens // (B * T)
         self.x, self.y = torch.randint(vocab_size, (2, B, T), device=self.device)
-        self.tokens = B * T * self.grad_accum_steps
         how = f"{dtype}, compiled" if compiled else dtype
         self.name = f"{spec} ({B} x {T} x {self.grad_accum_steps}, {how})"
 
@@ -145,7 +133,7 @@ class Contender:
     def step(self):
         for _ in range(self.grad_accum_steps):
             with self.autocast():
-                output = self.forward(self.x, self.y, **self.options)
+                output = self.model(self.x, self.y, **self.options)
             # llm.c and nanoGPT return (logits, loss)
             loss = output[1] if self.is_peer else output
             loss = loss / self.grad_accum_steps
@@ -153,8 +141,7 @@ class Contender:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         for optimizer in self.optimizers:
             optimizer.step()
-            # ours writes zeros over the gradients, llm.c and nanoGPT delete them
-            optimizer.zero_grad(set_to_none=self.is_peer)
+            optimizer.zero_grad()
         # a GPU works through a queue in order: item() returns when all of this step is done
         loss.item()
 
@@ -187,11 +174,10 @@ def main(argv):
             contender.timed_step()
 
     device = contenders[0].device
-    card = f"{device.type}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        card = torch.cuda.get_device_name(device)
-    peak_flops = train_gpt2.PEAK_FLOPS
-    peak = next((peak_flops[name] for name in peak_flops if name in card), None)
+    card = train_gpt2.card_name(device)
+    if device.type != "cuda":
+        card += f", {torch.get_num_threads()} threads"
+    peaks = [peak for name, peak in train_gpt2.PEAK_FLOPS.items() if name in card]
     # + 1: the step that Contender.__init__() made
     print(f"{card}, torch {torch.__version__}, {datetime.date.today()}, "
           f"median of {args.steps} steps after {args.warmup + 1}\n")
@@ -203,8 +189,8 @@ def main(argv):
         speed = contender.tokens / seconds
         first_speed = first_speed or speed
         mfu = "-"
-        if peak:
-            mfu = f"{speed * contender.flops_per_token / peak:.1%}"
+        if peaks:
+            mfu = f"{speed * contender.flops_per_token / peaks[0]:.1%}"
         gib = "-"
         if contender.peak_memory:
             gib = f"{contender.peak_memory / 2**30:.1f}"

@@ -37,7 +37,7 @@ LLAMA_NAMES = {
     "v_proj": "c_v", "o_proj": "c_proj", "gate_proj": "c_gate", "up_proj": "c_up",
     "down_proj": "c_down",
 }
-# GPT-2's vocabulary as OpenAI published it, by the names that transformers looks for. tiktoken keeps
+# GPT-2's vocabulary as OpenAI published it, by the names that transformers looks for. tiktoken has
 # both files.
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 VOCABULARY = {"vocab.json": f"{OPENAI}/encoder.json", "merges.txt": f"{OPENAI}/vocab.bpe"}

@@ -13,7 +13,6 @@ whole step as a single micro-batch.
 
 import math
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,9 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import fineweb  # noqa: E402
 import train_gpt2  # noqa: E402
-from train_gpt2 import GPT, GPTConfig, TokenLoader, apply_rope, make_optimizers  # noqa: E402
+from train_gpt2 import GPT, apply_rope, get_lr, make_optimizers  # noqa: E402
 
 
 def say(title, *lines):
@@ -116,8 +114,7 @@ def show_forward(model, idx, targets, decode):
     config = model.config
     T = idx.size(1)
     x = model.transformer.wte(idx)  # (B, T, C)
-    if torch.is_autocast_enabled("cpu"):
-        x = x.to(torch.get_autocast_dtype("cpu"))
+    x = x.to(train_gpt2.compute_dtype(x))
     say(f"wte: each id's row of the table, {shape(x)} = (B, T, C)",
         f"x[0, 0] = {some(x[0, 0])}, root mean square {rms(x):.4f}, {x.dtype}")
     rope = (model.cos[:T], model.sin[:T])
@@ -151,14 +148,15 @@ def show_update(model, args, dtype):
     name_table = "transformer.wte.weight"
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     gradient = model.get_parameter(name_q).grad.clone()
-    optimizers = make_optimizers(model, args, dtype)
-    lr = train_gpt2.get_lr(0, args)
+    optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay,
+                                 dtype)
+    lr = get_lr(0, args.num_iterations, args.learning_rate, args.warmup_iters, args.schedule)
     say("get_lr", f"step 0: {lr:.2e}, a tenth of {args.learning_rate:.1e}, since it warms up")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()
     moved = {name: p.detach() - before[name] for name, p in model.named_parameters()}
 
     def sizes(name):
@@ -182,14 +180,12 @@ def show_update(model, args, dtype):
 
 def main(argv):
     # train(): device, data, model
-    args, _ = train_gpt2.parse_args(argv)
+    args = train_gpt2.parse_args(argv)
     device = train_gpt2.pick_device("cpu")
     dtype, autocast = train_gpt2.pick_autocast(args.dtype, device)
     T = args.sequence_length
-    data = TokenLoader(str(args.input_bin or fineweb.stdlib_corpus()), T, args.seed)
-    fields = asdict(GPTConfig())
-    given = {name: getattr(args, name) for name in fields if name in args}
-    config = GPTConfig(block_size=T, vocab_size=data.vocab_size, **given)
+    data, _ = train_gpt2.open_data(args)
+    config = train_gpt2.make_config(args, data.vocab_size)
     today = config.pos == "rope" and config.mlp == "swiglu" and config.qk_norm
     if not today or args.optimizer != "muon":
         sys.exit("error: only today's architecture and optimizer are shown here: drop the flags "
@@ -202,7 +198,7 @@ def main(argv):
     # the batch
     B = args.total_batch_size // T
     x, y = data.batch(0, B, device)
-    _, decode = train_gpt2.load_tokenizer(data.tokenizer)
+    _, decode = train_gpt2.load_tokenizer(train_gpt2.tokenizer_name(data.vocab_size))
     # the last id is <|endoftext|>, which is no text
     ids = [id for id in x[0, :60].tolist() if id < data.vocab_size - 1]
     text = decode(ids)
@@ -214,7 +210,7 @@ def main(argv):
         loss_by_hand = show_forward(model, x, y, decode)
         loss = model(x, y)
     say("the loss: the mean of -log p(right next id), in nats",
-        f"HeadLoss {loss:.6f}, F.cross_entropy of the logits above {loss_by_hand:.6f}",
+        f"head_loss {loss:.6f}, F.cross_entropy of the logits above {loss_by_hand:.6f}",
         f"guessing among {config.vocab_size} ids costs {math.log(config.vocab_size):.6f}")
 
     # backward

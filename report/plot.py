@@ -10,8 +10,9 @@ HellaSwag. Needs `pip install matplotlib`.
 A run is a folder with a main.log. Its lines are like "s:250 tel:4.1234" (validation loss), "trl:"
 (training loss, with lr:, norm: and ms: where there are such) and "eval:" (HellaSwag). How many
 tokens a step has, and how many operations a token takes, is read from the heading that ablation.py
-writes, else from the run's last.pt. Where there is neither, a step has 524,288 tokens. Time is that
-of the training steps alone. Operations are those of flops_per_token(): without the optimizer's.
+writes, else from the run's last.pt. Without either, the tokens are those of the command in the log,
+or 524,288. Time is that of the training steps alone. Operations are those of flops_per_token():
+without the optimizer's.
 """
 
 import argparse
@@ -38,15 +39,14 @@ STYLE |= {"axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use":
 
 DEFAULT_TOKENS = 524288  # in a step: train_gpt2.py's default, and llm.c's for GPT-2 124M
 
-def tokens_per_step(heading):
-    """Tokens in a step of a run, out of the command that made it.
-
-    Old logs have flags that are gone, so the command is searched and not parsed.
-    """
-    given = re.search(r"--total_batch_size[ =](\d+)", heading)
+def tokens_per_step(command):
+    """Tokens in a step. Old commands have flags that are gone, so it is searched, not parsed."""
+    given = re.search(r"--total_batch_size[ =](\d+)", command)
     if given:
         return int(given[1])
-    model = re.search(r"--model[ =](\w+)", heading)
+    if "--init_from" in command:
+        return train_gpt2.FINETUNE["total_batch_size"]
+    model = re.search(r"--model[ =](\w+)", command)
     # without --model train_gpt2.py trains tiny
     preset = train_gpt2.PRESETS[model[1] if model else "tiny"]
     return preset.get("total_batch_size", DEFAULT_TOKENS)
@@ -63,8 +63,8 @@ class Run:
                      f"--output_dir of train_gpt2.py")
         text = path.read_text("utf-8")
         points = {}
-        # not the lines with the flags of the run, which are no numbers
-        for step, fields in re.findall(r"^s:(\d+) (?!flags:)(.*)$", text, re.MULTILINE):
+        # not the lines with the command of the run (in old logs its flags), which are no numbers
+        for step, fields in re.findall(r"^s:(\d+) (?!command:|flags:)(.*)$", text, re.MULTILINE):
             for kind, value in re.findall(r"(\w+):(\S+)", fields):
                 # a resumed run makes some steps again, and the last line of a step counts
                 points.setdefault(kind, {})[int(step)] = float(value)
@@ -73,17 +73,16 @@ class Run:
             steps = sorted(values)
             self.series[kind] = (steps, [values[step] for step in steps])
 
-        heading = re.search(r"^# python .*\.py .*$", text, re.MULTILINE)
-        checkpoint = Path(folder, "last.pt")
-        self.tokens = DEFAULT_TOKENS  # in a step
+        # a resumed run has several commands, and the first one is whole
+        command = re.search(r"^(?:# |s:\d+ command:)(python .*)$", text, re.MULTILINE)
+        self.tokens = tokens_per_step(command[1]) if command else DEFAULT_TOKENS  # in a step
         self.flops = None  # operations to train on one token
-        if heading:
-            self.tokens = tokens_per_step(heading[0])
-            counted = re.search(r"^# .*, ([\d.,]+) MFLOP a token$", text, re.MULTILINE)
-            if counted:
-                self.flops = float(counted[1].replace(",", "")) * 1e6
+        counted = re.search(r"^# .*, ([\d.,]+) MFLOP a token$", text, re.MULTILINE)
+        checkpoint = Path(folder, "last.pt")
+        if counted:
+            self.flops = float(counted[1].replace(",", "")) * 1e6
         elif checkpoint.exists():
-            state = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
+            state = train_gpt2.read_checkpoint(checkpoint)
             self.tokens = state["args"]["total_batch_size"]
             # a model without weights, only to count
             with torch.device("meta"):
@@ -208,9 +207,9 @@ def overview(runs, out, kinds=tuple(PANELS)):
     print(f"wrote {out}")
 
 # The figures of report/README.md: the group of logs, {run: its name in the figure}, the panels.
-# ("homework" was the first version's word for the original recipe.)
+# ("homework" was the first version's word for the course work's recipe.)
 THREE = {"gpt2": "GPT-2, AdamW", "homework": "variant, AdamW", "today": "variant, today's recipe"}
-TWO_RECIPES = {"homework": "original recipe", "today": "today's recipe"}
+TWO_RECIPES = {"homework": "course work's recipe", "today": "today's recipe"}
 ROPE = {"today": "turned by time", "learned": "learned", "rope_by_head": "turned by head"}
 FIGURES = {
     "loss_tiny.svg": ("tiny", THREE, ("tokens", "seconds")),
