@@ -42,6 +42,9 @@ from the hub, huggingface.co, where data sets are shared. The environment variab
 a mirror; HF_TOKEN holds the access key of an account (no token of a text). After an interruption
 run the same command again. A download keeps the files that are whole; tokenizing begins anew. Files
 that end in .tmp are what an interrupted run left behind, and you may remove them.
+
+To learn how text becomes numbers, read this page and write_shard(); the rest is for large and odd
+texts, downloads and other people's files.
 """
 import argparse
 import collections
@@ -148,8 +151,14 @@ class ShardWriter:
             path = self.folder / f"{self.name}_{self.index:06d}.bin"
             # The process's id keeps two runs out of each other's files.
             temporary = f"{path}.{os.getpid()}.tmp"
-            write_shard(temporary, self.buffer[:self.count], self.vocab_size)
             self.written[temporary] = path
+            try:
+                write_shard(temporary, self.buffer[:self.count], self.vocab_size)
+            except OSError as error:
+                for half_done in self.written:
+                    Path(half_done).unlink(missing_ok=True)
+                sys.exit(f"error: {path} cannot be written ({error.strerror}): make room, or give "
+                         "another --out, and run this command again")
             self.index += 1
             self.count = 0
 
@@ -210,31 +219,48 @@ def find_files(names):
     for name in map(Path, names):
         if not name.exists():
             sys.exit(f"error: --input {name}: no file and no folder has this name")
-        for path in [name, *name.rglob("*")]:
-            hidden = any(part.startswith(".") for part in path.relative_to(name).parts)
-            if path.is_file() and not hidden:
-                # resolve() shows that a.txt and books/../a.txt are one file. It is read once.
-                found.setdefault(path.resolve(), path)
+        inside = [name] if name.is_file() else files_in(name)
+        for path in inside:
+            # resolve() shows that a.txt and books/../a.txt are one file. It is read once.
+            found.setdefault(path.resolve(), path)
     return sorted(found.values())
 
 
+def files_in(folder):
+    """Yields the files in a folder and its subfolders, links to other folders included."""
+    def passed_over(error):
+        tqdm.write(f"{error.filename} is passed over: {error.strerror}")
+
+    seen = set()
+    for place, subfolders, names in os.walk(folder, followlinks=True, onerror=passed_over):
+        # A link may lead back to where we come from.
+        if (real := os.path.realpath(place)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        yield from (Path(place, name) for name in names if not name.startswith("."))
+
+
 def read_documents(path):
-    """Yields the documents of a file, "" or None for an empty one. In .jsonl each line is a JSON
-    object, and .parquet is a compressed table with rows; the document is what stands under "text".
-    Any other file is text, which is read into memory as a whole. .gz is unpacked."""
+    """Yields the documents of a file, "" or None for an empty one. In .jsonl and .ndjson each line
+    is a JSON object, and .parquet is a compressed table with rows; the document is what stands under
+    "text". Any other file is text, which is read into memory as a whole. .gz is unpacked."""
     name = path.name.lower()
     open_file = gzip.open if name.endswith(".gz") else open
     if name.endswith(".parquet"):
         import pyarrow.parquet as parquet
         for batch in parquet.ParquetFile(path).iter_batches(64, columns=["text"]):
             yield from batch["text"].to_pylist()
-    elif name.endswith((".jsonl", ".jsonl.gz")):
+    elif name.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
         with open_file(path, "rb") as file:
             for line in file:
                 text = json.loads(line)["text"] if line.strip() else None
                 # JSON can write half of a character, "\ud83d", which has no bytes: it becomes "?".
                 yield (text or "").encode("utf-8", "replace").decode()
     else:
+        if name.removesuffix(".gz").endswith((".json", ".csv", ".tsv", ".html")):
+            tqdm.write(f"NOTE: {path} is read as plain text, with all its marks")
         # utf-8-sig drops the mark that some editors put before the text, and newline="" keeps \r\n.
         with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
             # Collections of short stories come with lines of <|endoftext|> between them.
@@ -251,6 +277,8 @@ def read_files(paths):
         try:
             for text in read_documents(path):
                 row += 1
+                if not isinstance(text, str | None):
+                    raise TypeError(f"its text is no text, but {type(text).__name__}")
                 if text:
                     counts["documents read"] += 1
                     yield text
@@ -301,14 +329,19 @@ def divide(documents, val_share, size=PIECE):
     val_share is how much of the text is to be held out, 0.01 for example: a piece goes to "val"
     whenever less than that share of the characters so far has. So what is held out comes from
     everywhere in the text. (Also from the middle of a document: training sees its neighbors, but
-    not the piece itself.)
+    not the piece itself.) It is never more than a fifth, even of a text of a few pieces, unless
+    val_share asks for more.
     """
+    most = max(val_share, 0.2)
     seen = 0
     held_out = 0
     for document in documents:
         previous = None
         for piece in cut(document, size):
-            split = "val" if held_out < val_share * seen else "train"
+            split = "train"
+            room = most * (seen + len(piece)) - held_out
+            if held_out < val_share * seen and len(piece) <= room:
+                split = "val"
             # A document begins, too, where the piece before went to the other split: the shard has
             # nothing of it, so this piece does not go on from anything there.
             yield split, split != previous, piece
@@ -374,7 +407,7 @@ def make_shards(stream, folder, prefix, shards):
                 train.count = 0  # what the buffer holds would be one shard too many
                 break
     for writer in (val, train):
-        # The smallest model, tiny, reads 128 tokens at a time and learns to predict the 129th.
+        # A sequence of the smallest model, tiny, has 128 tokens, and one more to predict.
         if not writer.written and writer.count < 129:
             sys.exit(f"error: too little text: {writer.name} has {writer.count} tokens and needs "
                      "129, so give more text or another --val_share")
@@ -449,8 +482,9 @@ def say_what_next(folder, prefix):
 
     # A text may be read 4 times: until then it is worth nearly as much as new text, and afterwards
     # little (https://arxiv.org/abs/2305.16264). A model wants about 20 tokens for each parameter
-    # (https://arxiv.org/abs/2203.15556): d24, with 350M, wants 7 billion, and d12, with 124M, 2.5
-    # billion. The only smaller model, tiny, has 7M. So d12 gets whatever is over a sixth of that.
+    # (https://arxiv.org/abs/2203.15556): d24, with 330M, wants 7 billion, and d12, with 116.5M, 2.3
+    # billion. The only smaller model, tiny, has 7M with GPT-2's vocabulary, and is soon too small.
+    # So d12 gets whatever is over a sixth of what it wants.
     tokens_to_read = 4 * tokens["train"]
     model, step = "tiny", 2048  # tokens a step
     if tokens_to_read >= 0.4e9:
@@ -469,6 +503,28 @@ def say_what_next(folder, prefix):
     pattern = shlex.quote(f"{glob.escape(str(folder))}/{prefix}_train_*.bin")
     print(f"Next:\n    python train_gpt2.py --model {model} --input_bin {pattern} "
           f"--total_batch_size {step} --num_iterations {num_iterations}")
+    if tokens_to_read < 100_000_000:
+        # Nobody learns English from a book or two.
+        print(f"So little text teaches more to a model that can write already, OpenAI's:\n"
+              f"    pip install transformers\n"
+              f"    python train_gpt2.py --init_from gpt2 --input_bin {pattern} --sequence_length "
+              f"128 --total_batch_size {step} --num_iterations {num_iterations}")
+
+
+def share(text):
+    """An argparse type: a number between 0 and 1."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def positive(text):
+    """An argparse type: a whole number from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
 
 
 def main(argv):
@@ -478,10 +534,10 @@ def main(argv):
     add = parser.add_argument
     add("-v", "--version", choices=["10B", "100B"], default="10B", help="tokens in the sample")
     add("-t", "--type", choices=["classic", "edu"], default="classic", help="which FineWeb")
-    add("--shards", type=int, help="at most so many shards to train on, of 100M tokens each")
+    add("--shards", type=positive, help="at most so many shards to train on, of 100M tokens each")
     add("--tokenize", action="store_true", help="download the raw text and tokenize it here")
     add("--input", nargs="+", metavar="FILE", help="your own files or folders")
-    add("--val_share", type=float, help="share of --input held out for validation (default: a "
+    add("--val_share", type=share, help="share of --input held out for validation (default: a "
         "tenth of up to 10 MB, a hundredth of more)")
     add("--out", type=Path, metavar="DIR", help="folder for shards (default: like fineweb10B)")
     args = parser.parse_args(argv)
@@ -519,6 +575,9 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    # A character of a file's name that the terminal lacks becomes a "?".
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="replace")
     # Ctrl-C, and a reader of our output that leaves (| head), end the program at once. Otherwise
     # the hub's library would first download what it has begun, which can take hours.
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -49,6 +49,10 @@ questions:
                  with: the topic comes first ("Sharpening knives: He then takes ..."), marks such as
                  [step] from web pages are removed, lengths are in characters. `-m gpt2` gives
                  acc_norm 0.3114.
+
+In both styles a row begins with the context itself, as in those programs, and without the mark
+<|endoftext|> that begins a text in training. To learn how a model gets its score, read this page,
+encode_question() and "The plain way" in section 2; the rest is speed and the harness's rules.
 """
 import argparse
 import json
@@ -311,6 +315,8 @@ def main(argv):
     add("--device", choices=["cuda", "mps", "cpu"], help="default: the first of these there is")
     add("--dtype", choices=["float32", "bfloat16"], help="default: the faster on this hardware")
     args = parser.parse_args(argv)
+    if (args.limit is not None and args.limit < 1) or args.examples < 0:
+        parser.error("--limit must be at least 1, and --examples not below 0")
 
     # Imported here and not above, since train_gpt2.py imports this file. Nothing above needs it.
     from train_gpt2 import load_model, load_tokenizer, pick_autocast, pick_device
@@ -334,8 +340,6 @@ def main(argv):
         sys.exit(f"error: {args.model} has no score, its losses are not numbers (nan or inf): its "
                  "training went wrong, so take an earlier checkpoint")
 
-    for q, item, sums in list(zip(questions, items, logp, strict=True))[:args.examples]:
-        print_example(q, item, sums, args.harness)
     style = "harness" if args.harness else "completion"
     print(f"---\n{args.model}, {dtype}, {style} style, {len(items)} questions")
     for name, right in zip(("acc", "acc_norm"), right_answers(logp, items), strict=True):
@@ -346,7 +350,12 @@ def main(argv):
         chance = 1.96 * math.sqrt(share * (1 - share) / len(items))
         print(f"{name:8}  {share:.4f} +- {chance:.4f}")
     print(f"published, {style} style, all {SIZE} questions:\n{PUBLISHED[style]}")
+    for q, item, sums in list(zip(questions, items, logp, strict=True))[:args.examples]:
+        print_example(q, item, sums, args.harness)
 
 
 if __name__ == "__main__":
+    # A character of a question that the terminal lacks becomes a "?".
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="replace")
     main(sys.argv[1:])

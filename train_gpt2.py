@@ -1528,10 +1528,12 @@ def print_end(args, step, stopped, saved, best_val_loss, seconds, tokenizer, dev
     if device.type == "cuda":
         print0(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     if stopped:
-        print0(f"stopped after step {step}, and all is saved. To go on, start it as before, but "
-               f"with\n    python {resume}")
+        print0(f"stopped after {step + 1} steps, and all is saved. To go on, start it as before, "
+               f"but with\n    python {resume}")
         return
-    best = shlex.quote(str(Path(args.output_dir, "best.pt")))
+    # a run without a single step has no best.pt
+    name = "best.pt" if math.isfinite(best_val_loss) else "last.pt"
+    best = shlex.quote(str(Path(args.output_dir, name)))
     print0(f"done in {seconds:.0f} s. Lowest validation loss, {best_val_loss:.4f}: {best}")
     use = f"hellaswag.py -m {best}" if tokenizer == "gpt2" else f"train_gpt2.py --sample {best}"
     print0(f"Next:\n    python {use}")
