@@ -243,8 +243,8 @@ def files_in(folder):
 
 
 def read_documents(path):
-    """Yields the documents of a file, "" or None for an empty one. In .jsonl and .ndjson each line
-    is a JSON object, and .parquet is a compressed table with rows; the document is what stands under
+    """Yields the documents of a file, "" or None for an empty one. In .jsonl and .ndjson a line is
+    a JSON object, and .parquet is a compressed table with rows; the document is what stands under
     "text". Any other file is text, which is read into memory as a whole. .gz is unpacked."""
     name = path.name.lower()
     open_file = gzip.open if name.endswith(".gz") else open
