@@ -40,6 +40,7 @@ Launch it:
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --model d12       the same on eight
     python train_gpt2.py --sample logtiny/best.pt --prompt "def "            let it write
     python train_gpt2.py --resume --output_dir log124M    goes on after a crash, Ctrl-C, a full disk
+(d12 writes to log124M, after GPT-2's model of that shape. The variant has 116.5M weights.)
 
 The model is a variant of GPT-2 with what became usual after it: RMSNorm, rotary positions,
 grouped-query attention, QK-norm, SwiGLU, and no biases. You need not know these words: each is
@@ -145,16 +146,17 @@ def make_norm(config):
 # which those with fitting keys weigh most.
 #
 # So far a query finds the same keys wherever they stand. If two earlier tokens changed places, the
-# mean would be the same, and "dog bites man" would be "man bites dog". The order has to enter
-# somehow. GPT-2 adds a learned vector to each position. Rotary positions (RoPE,
-# https://arxiv.org/abs/2104.09864) instead rotate queries and keys by angles that grow with time.
+# mean would be the same: the full stop after "dog bites man" could not tell it from "man bites
+# dog". The order has to enter somehow. GPT-2 adds a learned vector to each position. Rotary
+# positions (RoPE, https://arxiv.org/abs/2104.09864) instead take the channels of queries and keys
+# in pairs, as points in the plane, and rotate each pair by an angle that grows with time.
 #
-# Why rotate? Let R(a) be the rotation by an angle a. If a query has been rotated by a, and a key by
-# b, their dot product is as if only the key had been rotated, by the difference:
+# Why rotate? Let R(a) be the rotation by an angle a. In a dot product, to rotate one vector is to
+# rotate the other one back. So a query rotated by a, and a key rotated by b, have the product
 #     R(a) q · R(b) k = q · R(-a) R(b) k = q · R(b - a) k
-# The angles are a position times a constant, so a score depends on the distance alone: "three
-# tokens ago" looks the same everywhere in the text. (Distances longer than any in training are new
-# to the model all the same. Do not expect it to read further than it was trained to.)
+# The angle of a pair is the time multiplied by the pair's own speed, so b - a depends on the
+# distance alone: "three tokens ago" looks the same everywhere in the text. (Distances longer than
+# any in training are new to the model all the same: do not expect it to read further.)
 
 def rope_tables(T, D, base=10000.0):
     """cos and sin of every angle, each (T, D/2).
@@ -199,15 +201,15 @@ def causal_attention(q, k, v):
         scores = scores.masked_fill(future, -math.inf)          # nobody may look at the future
         return F.softmax(scores, dim=-1) @ v                    # a weighted mean of the values
 
-    The future is hidden because the answer stands there: the token that a position has to predict
-    is the one behind it.
+    The future is hidden because the answer stands there: each position has to predict the token
+    that comes right after it.
 
     Why divide by sqrt(D)? A dot product adds up D products. If the numbers are random, of standard
     deviation 1, their sum has the standard deviation sqrt(D), and the largest score of a row would
     take nearly all of the softmax. Then learning is slow: the derivative of a probability p by its
-    own score is p (1 - p), by another position's score -p p', and all of these are near 0 if one p
-    is near 1 and the others near 0. (Queries and keys that begin much smaller do not need the
-    division: see experiment 2 of the lab, in report/README.md.)
+    own score is p (1 - p), and by the score of a position with probability p' it is -p p'. All of
+    these are near 0 if one p is near 1 and the others near 0. (Queries and keys that begin much
+    smaller do not need the division: experiment 2 of the lab in report/README.md.)
     """
     # Flash attention (https://arxiv.org/abs/2205.14135) gives the same numbers, computed tile by
     # tile in the small fast memory of the chip, so that no (T, T) matrix is ever stored.
@@ -222,8 +224,8 @@ class CausalSelfAttention(nn.Module):
     attention (https://arxiv.org/abs/2305.13245) heads share keys and values: if there are half as
     many of these, query heads 0 and 1 share key/value head 0, heads 2 and 3 share head 1, and so
     on. Why? A program that writes long texts with a trained model keeps the keys and values of all
-    earlier positions, so as not to compute them again for each new token. (Ours does compute them
-    again.) With half the heads they take half the memory.
+    earlier positions, so as not to compute them again for each new token. With half the heads they
+    take half the memory. (In training it only saves some weights.)
     """
 
     def __init__(self, config):
@@ -251,8 +253,8 @@ class CausalSelfAttention(nn.Module):
         if self.qk_norm:
             # QK-norm: after it every q and k has length sqrt(D), as long as the gains are near 1. A
             # dot product is then at most D, and a score, which is divided by sqrt(D), at most
-            # sqrt(D), however large c_q and c_k grow. At a high learning rate a softmax would
-            # otherwise get stuck on one position (https://arxiv.org/abs/2302.05442).
+            # sqrt(D), however large c_q and c_k grow. At a high learning rate they would otherwise
+            # grow until a softmax is stuck on one position (https://arxiv.org/abs/2302.05442).
             q = self.q_norm(q)
             k = self.k_norm(k)
         if rope is not None:
@@ -280,7 +282,7 @@ class MLP(nn.Module):
     SwiGLU (https://arxiv.org/abs/2002.05202) makes two wide vectors, and one of them, the gate,
     decides how much of the other passes:
 
-        y = c_down(silu(c_gate(x)) * c_up(x))
+        y = c_down(silu(c_gate(x)) * c_up(x))           silu(x) = x * sigmoid(x), a smooth ReLU, too
 
     It has three matrices instead of two. So each gets 2/3 of the width 4C, which is 8/3 C, and the
     cost stays the same.
@@ -303,7 +305,6 @@ class MLP(nn.Module):
     def forward(self, x):
         """x (B, T, C) -> (B, T, C)."""
         if self.swiglu:
-            # silu(x) = x * sigmoid(x): near 0 for negative x, near x for positive x
             return self.c_down(F.silu(self.c_gate(x)) * self.c_up(x))
         # tanh: the approximation of GELU that OpenAI trained GPT-2 with
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -316,8 +317,8 @@ class Block(nn.Module):
     copy of it (pre-norm) and writes by adding. Adding passes gradients on unchanged. So they reach
     the first block as directly as the last one, and deep models can be trained.
 
-    (If a small text is read many times, x + dropout(attn(...)) keeps a model from learning it by
-    heart, and so for the MLP; GPT-2 had it. Who reads ten billion tokens once does not need it.)
+    GPT-2 had dropout here, x + dropout(attn(...)), which keeps a model from learning its text by
+    heart. Ours reads each token once and has none; if yours reads a small text many times, add it.
     """
 
     def __init__(self, config):
@@ -355,7 +356,7 @@ class GPT(nn.Module):
         self.config = config
         # GPUs are slow at odd widths like 50,257, so the table is padded to a multiple of 64, here
         # 50,304. No text has the extra ids, and forward() sets their scores to -inf. So their rows
-        # have a gradient of exactly 0, and never learn anything.
+        # have a gradient of exactly 0, and only weight decay ever changes them.
         padded_vocab_size = 64 * math.ceil(config.vocab_size / 64)
         # GPT-2's names: wte is the embedding, a table with a vector for each id; wpe is the one for
         # positions; h are the blocks, and ln the norms, also where they are RMSNorm.
@@ -411,7 +412,7 @@ class GPT(nn.Module):
         x = x.to(compute_dtype(x))
         for block in self.transformer.h:
             x = block(x, rope)
-        # PyTorch's own LayerNorm always returns fp32 then: go back to what x is
+        # PyTorch's own LayerNorm returns fp32 even where x is bf16: go back to what x is
         return self.transformer.ln_f(x).to(x.dtype)
 
     def forward(self, idx, targets=None):
@@ -425,7 +426,7 @@ class GPT(nn.Module):
         """
         x = self.features(idx)
         if targets is not None:
-            # (B, T, C) -> (N, C) and (B, T) -> (N,)
+            # (B, T, C) -> (N, C) and (B, T) -> (N,). It leaves out the ids that are only padding.
             return head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
                              self.config.vocab_size)
         logits = self.lm_head(x).float()
@@ -439,7 +440,7 @@ class GPT(nn.Module):
 # head_loss() takes what features() gives, x (N, C), and W (padded V, C), the weight of lm_head. In
 # plain form it is
 #
-#     logits = x @ W.T                            # (N, padded V), a score for every id
+#     logits = x @ W[:vocab_size].T               # (N, V), a score for every id
 #     loss = F.cross_entropy(logits, targets)     # mean of -log softmax(logits)[target]
 #
 # This is called the cross-entropy, and it is all there is to the loss. A bit of calculus shows what
@@ -448,7 +449,7 @@ class GPT(nn.Module):
 #     -log softmax(z)[y] = log(sum(exp(z))) - z[y]
 #
 # The derivative of the first term with respect to z[i] is exp(z[i]) / sum(exp(z)), which is
-# softmax(z)[i] again, the probability of id i. That of the second is 1 for i = y, and 0 for others:
+# softmax(z)[i] again, the probability of id i. The derivative of z[y] is 1 for i = y, else 0:
 #
 #     d loss / d z  =  softmax(z), with 1 subtracted at y
 #
@@ -521,13 +522,13 @@ class TokenLoader:
 
     def locate(self, number):
         """Returns the shard and the row of sequence `number` of the run."""
-        epoch, number = divmod(number, self.total)
+        epoch, rest = divmod(number, self.total)
         # go through the shards in this epoch's order, until one has so many rows
         for shard in self.order(len(self.paths), epoch):
-            if number < self.counts[shard]:
+            if rest < self.counts[shard]:
                 # and through the rows of that shard, in their order
-                return shard, self.order(self.counts[shard], epoch, shard)[number]
-            number -= self.counts[shard]
+                return shard, self.order(self.counts[shard], epoch, shard)[rest]
+            rest -= self.counts[shard]
 
     def batch(self, first, count, device):
         """Sequences first ... first + count - 1 of the run: x and y, (count, T) int64 on device."""
@@ -544,27 +545,28 @@ class TokenLoader:
 
 
 @torch.no_grad()
-def evaluate(model, data, num_sequences, batch_size=16, autocast=contextlib.nullcontext,
-             rank=0, world_size=1):
+def evaluate(model, data, num_sequences, batch_size=16, autocast=contextlib.nullcontext):
     """The mean loss of the first num_sequences of data, a TokenLoader, in nats a token.
 
     data is text that the model never learns from, so a model that has only memorized does badly.
-    (A loss below the training loss is no fault: this is other text, and much of it, and that is
-    the loss of one batch.) autocast() opens a block that computes in bf16: see section 5. With
-    several GPUs there are world_size processes, and this one, number rank, does its share.
+    (It may well be lower than the training loss beside it, which is of other text, and of one batch
+    only.) `with autocast():` lets it compute in bf16: see section 5.
     """
     device = next(model.parameters()).device
     loss_sum = 0.0
-    # Processes take turns by batch, and each sequence counts once. So the mean is the same for any
-    # number of processes and any batch size, and runs can be compared.
+    # With several GPUs each has a process of its own, and they take turns by batch. Each sequence
+    # counts once. So the mean is the same for any number of processes and any batch size, and runs
+    # can be compared.
+    rank, world_size = this_process()
     for first in range(rank * batch_size, num_sequences, world_size * batch_size):
         count = min(batch_size, num_sequences - first)
         x, y = data.batch(first, count, device)
         with autocast():
             loss = model(x, y)
         loss_sum += loss.item() * count
-    # what all processes have found, added up
-    return all_sum([loss_sum], device)[0] / num_sequences
+    # a list of numbers, each added up over all processes
+    total, = all_sum([loss_sum], device)
+    return total / num_sequences
 
 
 # -------------------------------------------------------------------------------------------------
@@ -591,15 +593,20 @@ def evaluate(model, data, num_sequences, batch_size=16, autocast=contextlib.null
 #
 # Muon (https://kellerjordan.github.io/posts/muon) is the newer optimizer, for the matrices of the
 # blocks. Where Adam evens out the sizes of single numbers, Muon looks at the matrix as a whole.
-# Every matrix is a rotation, a stretch along each axis, and another rotation. A gradient has a few
-# large stretches and many tiny ones: a plain step moves the matrix along a few directions, and
-# hardly along the others. But the small ones are not only noise. Rare things in the text give small
-# gradients, and the same ones again and again. So Muon keeps the rotations and sets all stretches
-# to 1, and every direction is learned at the same speed. In plain form, with g and w matrices:
+# What a matrix does to vectors is a rotation, a stretch along each axis, and another rotation. A
+# gradient has a few large stretches and many tiny ones: a plain step changes what the matrix does
+# in a few directions, and hardly what it does in the others. But the small stretches are not only
+# noise. Rare things in the text give small gradients, and the same ones again and again. So Muon
+# keeps the rotations and sets all stretches to 1: every direction is learned at the same speed.
+# That is what orthogonalize() does. In plain form, with g and w matrices:
 #
 #     m = 0.95 m + 0.05 g
-#     u = orthogonalize(0.95 m + 0.05 g)
+#     u = orthogonalize(0.95 m + 0.05 g)      # of m as it would be after one more such g
 #     w -= lr * (0.2 sqrt(max(rows, cols)) * u + weight_decay * w)
+#
+# To look one gradient ahead is Nesterov's idea. And 0.2 sqrt(max(rows, cols)) gives the numbers in
+# u a size of 0.2, as large as AdamW's steps are in practice (see above). So one learning rate
+# serves both optimizers (https://arxiv.org/abs/2502.16982).
 
 def orthogonalize(matrices):
     """Makes all stretches of matrices (n, rows, cols) about 1. The same shape and dtype.
@@ -616,7 +623,8 @@ def orthogonalize(matrices):
         s -> a s + b s^3 + c s^5
 
     With the a, b and c below, doing this five times brings every s between 1/500 and 1 to between
-    0.7 and 1.2, which is near enough to 1. (They were found by search, see the link above.)
+    0.7 and 1.2, and smaller ones closer to it. (a, b and c were found by search. The link above
+    says how, and why this is near enough to 1.)
     """
     a, b, c = 3.4445, -4.775, 2.0315
     # X X^T is (rows, rows), and X^T X would be (cols, cols). Lay tall matrices on their side, so
@@ -662,15 +670,13 @@ class Muon(torch.optim.Optimizer):
             if p not in self.state:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             m = self.state[p]["momentum_buffer"]
-            # the running average, 0.95 m + 0.05 grad (a.lerp(b, w) is (1 - w) a + w b)
+            # a.lerp(b, w) is (1 - w) a + w b, so this is 0.95 m + 0.05 grad ...
             m.lerp_(p.grad, 1 - group["momentum"])
-            # step along what the average would be after one more such gradient (Nesterov's idea):
-            # 0.95 m + 0.05 grad once more
+            # ... and so is this
             updates.append(p.grad.lerp(m, group["momentum"]).to(self.dtype))
         orthogonal = orthogonalize(torch.stack(updates))  # (n, rows, cols)
-        # The rows of a wide matrix have length 1 now, and so entries of about 1 / sqrt(cols). A
-        # tall one has 1 / sqrt(rows). Scale them to 0.2, as large as AdamW's steps are in practice:
-        # then one learning rate serves both optimizers (https://arxiv.org/abs/2502.16982).
+        # The rows of a wide matrix have length 1 now, so its numbers have the size 1 / sqrt(cols).
+        # In a tall one the columns have length 1, and it is 1 / sqrt(rows). Make it 0.2.
         orthogonal = orthogonal * (0.2 * math.sqrt(max(params[0].shape)))
         for p, update in zip(params, orthogonal, strict=True):
             # weight decay, as in AdamW, and the step
@@ -685,8 +691,8 @@ def make_optimizers(model, optimizer="muon", learning_rate=4e-3, weight_decay=0.
     With optimizer "adamw" it is AdamW alone. With "muon" AdamW is the first, and Muon the second
     has the matrices of the blocks. dtype: the precision of Muon's products.
 
-    They make the memory that a model needs: 4 bytes for a weight, 4 for its gradient, and 8 for
-    AdamW's two averages or 4 for Muon's one. For d24, with 330M weights, these are 4.2 GB.
+    In memory a weight takes 4 bytes, its gradient 4, and AdamW's two averages 8 or Muon's one 4.
+    For d24, with 330M weights, these are 4.2 GB.
     """
     matrices = []
     decayed = []
@@ -707,8 +713,7 @@ def make_optimizers(model, optimizer="muon", learning_rate=4e-3, weight_decay=0.
         {"params": vectors, "weight_decay": 0.0},
     ]
     # 0.9 and 0.95 are GPT-3's (https://arxiv.org/abs/2005.14165). With PyTorch's usual 0.999, v
-    # would remember one unusual batch for 1000 steps. fused: one kernel (a function that runs on
-    # the GPU) updates all weights.
+    # would remember one unusual batch for 1000 steps. (fused: all weights in one go, for speed.)
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
     optimizers = [adamw]
     if matrices:
@@ -762,7 +767,7 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
 #     optimizers = make_optimizers(model)
 #     for step in range(num_iterations):
 #         x, y = train_data.batch(step * B, B, device)    # a text, and the same shifted by one
-#         loss = model(x, y)                              # how well is y foretold?
+#         loss = model(x, y)                              # how badly does it foretell y?
 #         loss.backward()                                 # the gradient of every weight
 #         nn.utils.clip_grad_norm_(model.parameters(), 1.0)           # not too long a gradient
 #         for optimizer in optimizers:
@@ -781,11 +786,12 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
 #     fp32        8         23      1.0000001
 #     bf16        8          7      1.008
 #
-# In bf16 are the matrix products, which take most of the time, and the residual stream. Where many
-# numbers are added up, 2 to 3 digits are too few: the norms, every softmax and the loss are in
-# fp32, and so is RoPE. PyTorch's autocast sees to that. The weights are in fp32, too, and autocast
-# makes copies in bf16 for the products. Their gradients come out of products in bf16, but several
-# of them are added up in fp32.
+# Matrix products take most of the time, and do well in bf16 (inside, they add up in fp32). So does
+# the residual stream. Elsewhere 2 to 3 digits are too few for adding up many numbers: the norms,
+# every softmax and the loss are in fp32, and so is RoPE. (For PyTorch's own functions autocast sees
+# to this, and ours do it themselves.) The weights are in fp32, too, and autocast makes copies in
+# bf16 for the products. So their gradients come out of products in bf16, but those of several
+# micro-batches are added up in fp32.
 #
 # Why not keep the weights in bf16? They have a size of 0.02, and a step changes them by about
 # 0.2 lr. At d12's highest rate, 2.4e-3, that is 0.0005, or 2.4 % of a weight. A thousand steps
@@ -803,7 +809,7 @@ def train(args, signals=()):
     # ---- The machine. torchrun starts one process for each GPU, all with this same file. Each is
     # told its rank, its number among world_size processes. Without torchrun there is one, number 0.
     rank, world_size, device = start_processes(args.device)
-    # dtype is "bfloat16" or "float32". `with autocast():` computes in it.
+    # dtype is "bfloat16" or "float32". What stands under `with autocast():` is computed in it.
     dtype, autocast = pick_autocast(args.dtype, device)
 
     # ---- The data: a loader of text to learn from, and one of text to validate on.
@@ -819,10 +825,12 @@ def train(args, signals=()):
     # made where it will live, because a CPU is slow at a billion random numbers
     with device:
         model = GPT(config)
+    # or OpenAI's weights instead of random ones
     if args.init_from and not args.resume:
         model = from_openai(args.init_from, T).to(device)
         require_same_config(model.config, config)
-    # the one that is validated, writes samples and goes into best.pt: here the same
+    # The one that is validated, writes samples and goes into best.pt. To try another, such as an
+    # average of the weights, change this line.
     eval_model = model
 
     # ---- The optimizers, and where the run stands. A resumed run takes all of it from last.pt.
@@ -835,9 +843,9 @@ def train(args, signals=()):
 
     # ---- A step in pieces. Its batch, half a million tokens for d12, does not fit a GPU at once.
     # So it is cut into micro-batches of batch_size sequences, and they run one after the other. A
-    # GPU with 80 GB takes 64 sequences of d12 at a time. For one with 16 GB that would be
-    # 64 * 16 / 80 = 12.8. So it takes 8, which divide the 512 of a step, and needs 64 micro-batches
-    # for them. Two such GPUs need 32 each.
+    # GPU with 80 GB takes 64 of d12's 512 sequences at a time, in 8 micro-batches. One with 16 GB
+    # could take 64 * 16 / 80 = 12.8. It takes 8, the next number that divides 512, in 64
+    # micro-batches; two such GPUs share these, 32 each.
     compiled = can_compile(args.compile, device)
     batch_size = pick_batch_size(args, device, dtype, compiled, world_size)
     grad_accum_steps = args.total_batch_size // (batch_size * T * world_size)
@@ -845,8 +853,8 @@ def train(args, signals=()):
     # ---- torch.compile reads the model's Python, and writes kernels (functions that run on the
     # GPU) that do several operations at once, so that results in between need not go to the GPU's
     # memory and back. It does so at the first call, which takes a minute, for the forward and the
-    # backward pass; optimizers, samples and HellaSwag run as they are. dynamic=False: write them
-    # for the one shape that all batches have.
+    # backward pass; optimizers, samples and HellaSwag run as they are. dynamic=False: for one
+    # shape (if validation ends with a smaller batch, that is compiled, too).
     if compiled:
         model.compile(dynamic=False)
 
@@ -857,6 +865,12 @@ def train(args, signals=()):
     ddp_model = model
     if world_size > 1:
         ddp_model = nn.parallel.DistributedDataParallel(model)
+
+    # ---- The folder. From here on it is ours, as long as we hold the lock, and what an earlier run
+    # left there is moved aside. The first lines on the screen say what this run is.
+    folder, lock = claim_folder(args.output_dir, args.resume)
+    print_header(args, config, model, train_data, batch_size, grad_accum_steps, world_size,
+                 device, dtype, compiled, folder, first_step)
 
     def micro_batch(step, micro_step):
         """x and y, (batch_size, T) each: this process's part of a micro-batch."""
@@ -883,11 +897,6 @@ def train(args, signals=()):
             state |= {"best_val_loss": best_val_loss, "args": vars(args)}
         return save_checkpoint(folder / name, state)
 
-    # ---- The folder. From here on it is ours (a lock says so), and what an earlier run left there
-    # is moved aside. The first lines on the screen say what this run is.
-    folder, lock = claim_folder(args.output_dir, args.resume)
-    print_header(args, config, model, train_data, batch_size, grad_accum_steps, world_size,
-                 device, dtype, compiled, folder, first_step)
     saved = True
     stopped = False
     seconds = []  # how long each step took, since the last line on the screen
@@ -901,15 +910,15 @@ def train(args, signals=()):
         # untrained model, whose loss should be about ln V. (main.log has llm.c's words for numbers:
         # tel is the validation loss, trl the training loss, eval HellaSwag's score.)
         if last or is_due(step, args.val_loss_every):
+            # eval() and train() make no difference yet: they are for those who add dropout
             eval_model.eval()
-            val_loss = evaluate(eval_model, val_data, num_val_sequences, batch_size, autocast,
-                                rank, world_size)
+            val_loss = evaluate(eval_model, val_data, num_val_sequences, batch_size, autocast)
             print0(f"step {step:5d}/{args.num_iterations} | val loss {val_loss:.6f}")
             write_log(folder, step, tel=val_loss)
             # a nan ends the run here, before it is saved over the last good weights
             require_finite(f"validation loss of step {step}", val_loss, folder)
-            # Save: best.pt, the weights with the lowest validation loss, if they are not the random
-            # ones of the start; and last.pt, to go on from, if this is not what we went on from.
+            # Save, so that a crash costs little: best.pt, the weights with the lowest validation
+            # loss, and last.pt, to go on from. (At the start there is nothing to save yet.)
             if step > 0 and val_loss < best_val_loss:
                 if save("best.pt", eval_model, step):
                     best_val_loss = val_loss
@@ -921,7 +930,7 @@ def train(args, signals=()):
         # And HellaSwag, questions with four answers to choose from: what share is right?
         if args.hellaswag_every > 0 and (last or is_due(step, args.hellaswag_every)):
             eval_model.eval()
-            score = score_hellaswag(eval_model, tokenizer, autocast, rank, world_size)
+            score = score_hellaswag(eval_model, tokenizer, autocast)
             print0(f"step {step:5d}/{args.num_iterations} | HellaSwag {score:.6f}")
             write_log(folder, step, eval=score)
 
@@ -935,15 +944,15 @@ def train(args, signals=()):
         loss_sum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
             x, y = micro_batch(step, micro_step)
-            # DDP: the processes' gradients have to meet only once a step, in the last micro-batch.
+            # A switch of DDP's: gradients meet only once a step, in the last micro-batch.
             if world_size > 1:
                 ddp_model.require_backward_grad_sync = (micro_step == grad_accum_steps - 1)
             with autocast():
                 loss = ddp_model(x, y)
             # The loss is a mean over the micro-batch, and what we want is the mean over all of
-            # them. But backward() only adds. Without this division the gradient of 16 micro-batches
-            # would be 16 times too long. Nobody would notice at first: the optimizers ignore a
-            # factor that all steps share. But clipping, below, would cut every step.
+            # them. But backward() only adds: without this division the gradient of 16 micro-batches
+            # would be 16 times too long. The optimizers ignore a factor that all steps share, so
+            # nobody would notice, but clipping, below, would cut every step.
             loss = loss / grad_accum_steps
             # detach() takes the number, without the graph of operations that made it
             loss_sum += loss.detach()
@@ -953,15 +962,15 @@ def train(args, signals=()):
         # them to length 1. At first most are (175 of the default run's first 200), and clipping is
         # a second warm-up. Later it is an insurance: one odd batch may have a gradient many times
         # as long, and would fill the optimizers' averages with it for ten or twenty steps. (Without
-        # clipping the default run ends CLIPNUM higher, means of three seeds on one machine.) norm
-        # is the length before.
+        # clipping the default run ends 0.01 higher, a mean of three seeds.) norm is the length
+        # before; with --grad_clip 0 nothing is clipped.
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
 
-        # The step itself.
+        # The step itself. (A group of parameters may have an "lr_scale", to get a multiple of the
+        # rate. Here none has.)
         lr = get_lr(step, args.num_iterations, args.learning_rate, args.warmup_iters, args.schedule)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                # a group may ask for a multiple of it
                 group["lr"] = lr * group.get("lr_scale", 1.0)
             optimizer.step()
             # Forget the gradients, or the next ones would be added to them.
@@ -969,13 +978,14 @@ def train(args, signals=()):
 
         # Python runs ahead of a GPU, which works through a queue of kernels. .item() waits until
         # all of it is done, and only then does the clock show how long a step takes. So it stands
-        # here, once a step. (A print(loss) in the loop above would wait for each micro-batch.)
+        # here, once a step. (A print(loss) in the loop above would wait in each micro-batch.)
         loss_here = loss_sum.item()
         # All processes learn what the loss is, which is the mean of theirs, and how many signals
         # have come: if one of them was asked to stop, all of them stop, at the same step.
         loss_of_all, num_signals = all_sum([loss_here, len(signals)], device)
         train_loss = loss_of_all / world_size
         seconds.append(time.time() - t0)
+        # a nan in the weights is there to stay, but nothing has been saved of it
         require_finite(f"loss of step {step}", train_loss, folder)
         require_finite(f"gradient norm of step {step}", norm.item(), folder)
 
@@ -1156,9 +1166,16 @@ def start_processes(device_name):
     return rank, world_size, device
 
 
+def this_process():
+    """Its rank, and the number of processes: 0 and 1, unless torchrun started several."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
 def is_first_process():
     """Whether this is process 0, the one that prints and writes."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return this_process()[0] == 0
 
 
 def print0(text):
@@ -1362,7 +1379,7 @@ def require_finite(what, value, folder):
 def require_same_step(first_step, device):
     """Ends the run if processes are at different steps, as on two machines with one last.pt."""
     steps, squares = all_sum([first_step, first_step**2], device)
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    _, world_size = this_process()
     if world_size * squares != steps**2:
         sys.exit(f"error: this process is at step {first_step}, and another one is not: copy "
                  f"last.pt to every machine, into the same --output_dir")
@@ -1684,12 +1701,13 @@ def show_sample(model, tokenizer, args, step):
     print0("---")
 
 
-def score_hellaswag(model, tokenizer, autocast, rank=0, world_size=1):
+def score_hellaswag(model, tokenizer, autocast):
     """The share of HellaSwag's questions that the model answers right; guessing gets 0.25.
 
     With 8 processes each asks every eighth question.
     """
     encode, _ = load_tokenizer(tokenizer)
+    rank, world_size = this_process()
     items = []
     for question in hellaswag.load_questions()[rank::world_size]:
         items.append(hellaswag.encode_question(question, encode, model.config.block_size))
