@@ -84,8 +84,12 @@ VOCAB_SIZE = {"bytes": 257, "gpt2": 50257}
 END_OF_TEXT = VOCAB_SIZE["gpt2"] - 1
 
 
-def write_shard(path, tokens, vocab_size=0):
-    """Writes an array of integers below 65,536 as a shard; vocab_size 0 is GPT-2's vocabulary."""
+def write_shard(path, tokens, vocab_size):
+    """Writes an array of ids below vocab_size as a shard; vocab_size 0 is GPT-2's vocabulary."""
+    tokens = np.asarray(tokens)
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < (vocab_size or VOCAB_SIZE["gpt2"]):
+        raise ValueError(f"{path}: ids from {tokens.min()} to {tokens.max()} are no ids of a "
+                         f"vocabulary of {vocab_size or VOCAB_SIZE['gpt2']}")
     header = np.zeros(HEADER_INTS, "<i4")
     header[:4] = [SHARD_MAGIC, SHARD_VERSION, len(tokens), vocab_size]
     with open(path, "wb") as file:

@@ -700,7 +700,7 @@ def make_optimizers(model, optimizer="muon", learning_rate=4e-3, weight_decay=0.
     for name, p in model.named_parameters():
         if p.dim() < 2:
             vectors.append(p)
-        elif optimizer == "muon" and name.startswith("transformer.h."):
+        elif optimizer != "adamw" and name.startswith("transformer.h."):
             matrices.append(p)
         else:
             decayed.append(p)
@@ -715,10 +715,12 @@ def make_optimizers(model, optimizer="muon", learning_rate=4e-3, weight_decay=0.
     # 0.9 and 0.95 are GPT-3's (https://arxiv.org/abs/2005.14165). With PyTorch's usual 0.999, v
     # would remember one unusual batch for 1000 steps. (fused: all weights in one go, for speed.)
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    optimizers = [adamw]
-    if matrices:
-        optimizers.append(Muon(matrices, learning_rate, weight_decay, dtype=getattr(torch, dtype)))
-    return optimizers
+    if optimizer == "adamw":
+        return [adamw]
+    if optimizer == "muon":
+        muon = Muon(matrices, learning_rate, weight_decay, dtype=getattr(torch, dtype))
+        return [adamw, muon]
+    raise ValueError(f"no optimizer is called {optimizer}")
 
 
 def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
@@ -1016,7 +1018,10 @@ def train(args, signals=()):
 # From here on nothing is about how a GPT learns: you can stop reading. To change something:
 #     a property of the model    a field of GPTConfig, and a flag of the same name in make_parser()
 #     one of training            a flag in make_parser(): it is stored with the run, and resumed
-#     an optimizer               append it at the end of make_optimizers()
+#     an optimizer               a name for --optimizer in make_parser(), and at the end of
+#                                make_optimizers() who gets `matrices`. To be resumed, averages have
+#                                to be in self.state[p]. train() sets "lr": for another rate give
+#                                the group an "lr_scale".
 #     a tokenizer                a row of TOKENIZERS, and its loader in load_tokenizer()
 #     a corpus                   shards: fineweb.py makes them, of any text
 
@@ -1100,6 +1105,9 @@ class HeadLoss(torch.autograd.Function):
 
 def flash_attention(q, k, v):
     """causal_attention(), with the kernel that the device has for it. The same shapes."""
+    if q.size(2) != k.size(2):
+        # is_causal counts from the first key: the one query behind a cache would see that key only
+        raise ValueError(f"{q.size(2)} queries for {k.size(2)} keys: this would need another mask")
     if q.device.type == "cpu":
         # a CPU is faster at it in fp32 (tiny's: 5 ms instead of 13, on an AMD Zen 4)
         q, k, v = q.float(), k.float(), v.float()
@@ -1441,6 +1449,9 @@ def load_run(args, model, optimizers):
         # what was mapped is the file itself, which will be replaced.
         averages = copy.deepcopy(stored["state"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": averages})
+        # and what the optimizer itself has written into its groups, such as a count of its steps
+        for group, before in zip(optimizer.param_groups, stored["param_groups"], strict=True):
+            group |= {name: before[name] for name in before.keys() - group.keys()}
     return checkpoint["step"], checkpoint["val_loss"], checkpoint["best_val_loss"]
 
 
@@ -1483,7 +1494,8 @@ def write_log(folder, step, **values):
     """Appends a line to main.log, in llm.c's form: s:250 tel:6.171
 
     s is the step, trl the training loss, tel the validation loss, eval HellaSwag's score. Whoever
-    wants the numbers elsewhere (in a CSV, in W&B) finds all of them here.
+    wants the numbers elsewhere (in a CSV, in W&B) finds all of them here. After a crash the steps
+    since last.pt are done again, and written again: the later line counts.
     """
     if not is_first_process():
         return
