@@ -831,8 +831,8 @@ def train(args, signals=()):
     if args.init_from and not args.resume:
         model = from_openai(args.init_from, T).to(device)
         require_same_config(model.config, config)
-    # The one that is validated, writes samples and goes into best.pt. To try another, such as an
-    # average of the weights, change this line.
+    # The one that is validated, writes samples and goes into best.pt: here the same. (Another one,
+    # such as an average of the weights, has to be saved and loaded beside model, too.)
     eval_model = model
 
     # ---- The optimizers, and where the run stands. A resumed run takes all of it from last.pt.
@@ -1016,14 +1016,23 @@ def train(args, signals=()):
 # PART II: WHAT PART I CALLS
 
 # From here on nothing is about how a GPT learns: you can stop reading. To change something:
-#     a property of the model    a field of GPTConfig, and a flag of the same name in make_parser()
-#     one of training            a flag in make_parser(): it is stored with the run, and resumed
+#
+#     a property of the model    a field of GPTConfig, and a flag of its name in make_parser(). Old
+#                                checkpoints get the field's default, so let that be the old way.
+#     one of training            a flag in make_parser(): it is stored with the run, and resumed. If
+#                                forward() needs it (dropout), set it on the model in train(), after
+#                                from_openai(): a field could not be changed by --resume.
+#     something random in it     torch.manual_seed(args.seed + step * world_size + rank) after
+#                                model.train(), or a resumed run and all GPUs draw the wrong numbers
+#     an average of the weights  eval_model in train(); compile it, too, put it into last.pt in
+#                                save(), and take it out in load_run()
 #     an optimizer               a name for --optimizer in make_parser(), and at the end of
 #                                make_optimizers() who gets `matrices`. To be resumed, averages have
 #                                to be in self.state[p]. train() sets "lr": for another rate give
 #                                the group an "lr_scale".
 #     a tokenizer                a row of TOKENIZERS, and its loader in load_tokenizer()
 #     a corpus                   shards: fineweb.py makes them, of any text
+#     a number to watch          write_log() gets all numbers; step by step: before clipping
 
 # -------------------------------------------------------------------------------------------------
 # 6. The machine: what it takes to be fast, and to run on any
@@ -1032,11 +1041,13 @@ def head_loss(x, weight, targets, vocab_size):
     """The mean cross-entropy of section 2, computed for a slice of the tokens at a time.
 
     Features x (N, C), the weight of lm_head (padded V, C), targets (N,) and the number of real ids
-    -> a scalar, nats a token. To try another loss, with memory to spare, replace it by
+    -> a scalar, nats a token. To try another loss, with memory to spare, begin with these lines:
 
         logits = F.linear(x, weight)[:, :vocab_size].float()
         loss = F.cross_entropy(logits, targets)
-        return loss                      # + 1e-4 * logits.logsumexp(dim=-1).square().mean()
+        if torch.is_grad_enabled():     # not while validating, which has to stay comparable
+            loss = loss + 1e-4 * logits.logsumexp(dim=-1).square().mean()
+        return loss
 
     PyTorch 2.13 has F.linear_cross_entropy for the same purpose. In bf16 on a CPU it took 5.6 times
     as long, and rounded its loss to bf16.
@@ -1363,9 +1374,10 @@ def complete_config(config):
 def make_config(args, vocab_size):
     """The GPTConfig that the flags ask for. Each of its fields has a flag of the same name, but for
     block_size, which is --sequence_length, and vocab_size, which the data knows."""
-    fields = {name: getattr(args, name) for name in asdict(GPTConfig()) if hasattr(args, name)}
+    others = {"block_size": args.sequence_length, "vocab_size": vocab_size}
+    fields = {name: getattr(args, name) for name in asdict(GPTConfig()) if name not in others}
     try:
-        return GPTConfig(**fields, block_size=args.sequence_length, vocab_size=vocab_size)
+        return GPTConfig(**fields, **others)
     except ValueError as e:
         sys.exit(f"error: {e}")
 
