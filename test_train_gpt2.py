@@ -43,10 +43,8 @@ import hellaswag
 import train_gpt2
 from train_gpt2 import GPT, GPTConfig, TokenLoader, main
 
-# No test may depend on a GPU. PyTorch reads this when it is first asked for one.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# the models are too small for more threads
-os.environ["OMP_NUM_THREADS"] = "1"
+# No test may depend on a GPU, and the models are too small for more threads.
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 torch.set_num_threads(1)
 # it may be relative, and every test changes the folder
 if "TIKTOKEN_CACHE_DIR" in os.environ:
@@ -58,7 +56,6 @@ CPU = torch.device("cpu")
 GPT2_ARCH = {"n_kv_head": 4, **train_gpt2.GPT2}
 not_on_windows = pytest.mark.skipif(os.name == "nt", reason="not on Windows")
 
-
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     """Every test begins in an empty folder, alone, and on a machine without a GPU of any kind."""
@@ -67,7 +64,6 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     # the last test may have had another file of the same name
     fineweb.read_shard.cache_clear()
-
 
 @pytest.fixture
 def small(tmp_path):
@@ -87,7 +83,6 @@ def small(tmp_path):
         "--device=cpu", "--output_dir=log", f"--input_bin={tmp_path}/sums_train_*.bin",
     ]
 
-
 def fails(argv, capsys, *messages, main=main):
     """main(argv) ends in one line that has all the messages. Returns what was printed before."""
     with pytest.raises(SystemExit) as e:
@@ -99,11 +94,10 @@ def fails(argv, capsys, *messages, main=main):
     del e  # it holds the frames of the run, and they hold its lock
     return capsys.readouterr().out
 
+def run_changed(change, argv, codes):
+    """train_gpt2.py after lines of code that change it, in a process for each exit code to be.
 
-def run_changed(change, argv, codes=(0,)):
-    """train_gpt2.py after some lines of code that change it, in as many processes as codes.
-
-    codes: what each has to end with. Returns what they have printed, errors included.
+    Returns what they have printed, errors included.
     """
     code = f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch, train_gpt2\n"
     code += f"{change}\nsys.exit(train_gpt2.main(sys.argv[1:]))"
@@ -126,18 +120,14 @@ def run_changed(change, argv, codes=(0,)):
     assert tuple(process.returncode for process in processes) == codes, printed
     return "".join(printed)
 
-
 def log_of(folder="log", kind="trl"):
     """{step: loss} out of a folder's main.log. A step that was run twice counts the second time."""
     log = Path(folder, "main.log").read_text("utf-8")
     return {int(s): float(loss) for s, loss in re.findall(rf"^s:(\d+) {kind}:(\S+)", log, re.M)}
 
-
 NORM = r"trl:\S+ lr:\S+ norm"  # log_of(kind=NORM): the lengths of the gradients
 
-
 load = functools.partial(torch.load, weights_only=True)
-
 
 def assert_same_run(a, b):
     """Two folders have the same losses, and checkpoints with the same weights, to the last bit."""
@@ -146,7 +136,6 @@ def assert_same_run(a, b):
     for name in "last.pt", "best.pt":
         one, other = load(f"{a}/{name}")["model"], load(f"{b}/{name}")["model"]
         assert all(torch.equal(one[key], other[key]) for key in one)
-
 
 def tiny_model(shake=0.0, **changes):
     """A small random model. shake: moves its weights, so that no gain is 1 and no bias 0."""
@@ -158,10 +147,8 @@ def tiny_model(shake=0.0, **changes):
             p.add_(shake * torch.randn_like(p))
     return model
 
-
 def random_ids(*shape, below=100):
     return torch.randint(0, below, shape, generator=torch.Generator().manual_seed(1))
-
 
 both_archs = pytest.mark.parametrize("arch", [{}, GPT2_ARCH], ids=["variant", "GPT-2"])
 
@@ -196,13 +183,11 @@ def test_parameter_counts(flags, count):
     # as the docstring counts the operations of d12
     assert count != 116_510_976 or round(train_gpt2.flops_per_token(model) / 1e6) == 812
 
-
 @pytest.fixture
 def export():
     """The module report/export.py, which needs transformers."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     return importlib.import_module("export")
-
 
 @pytest.mark.parametrize("arch", [GPT2_ARCH, {"qk_norm": False}, {}, {"n_kv_head": 1}],
                          ids=["GPT-2", "Llama", "Qwen3", "Qwen3, one key/value head"])
@@ -215,7 +200,6 @@ def test_logits_equal_those_of_transformers(arch, export):
     # close to zero the comparison would mean little
     assert ours.std() > 0.5 and (ours - theirs(random_ids(2, 32)).logits).abs().max() < 1e-4
 
-
 def test_rope_depends_on_distance_alone():
     """One query and one key at all times, in three heads: only their distance counts."""
     torch.manual_seed(0)
@@ -227,7 +211,6 @@ def test_rope_depends_on_distance_alone():
         assert scores.diagonal(-distance).std() < 1e-4
     assert scores[:, 0].std() > 0.1
 
-
 @both_archs
 def test_no_position_sees_the_future(arch):
     model = tiny_model(**arch)
@@ -237,12 +220,10 @@ def test_no_position_sees_the_future(arch):
     b = model(x)[0, :, :100]
     assert torch.equal(a[:20], b[:20]) and not torch.allclose(a[20:], b[20:])
 
-
 class LooksLikeCuda(torch.Tensor):
     """A tensor in the computer's memory that says it is on a GPU."""
 
     device = torch.device("cuda")
-
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("kind", [torch.Tensor, LooksLikeCuda])
@@ -279,14 +260,12 @@ def test_head_loss_is_cross_entropy(rows, learns, monkeypatch):
     with torch.no_grad():
         assert torch.equal(3 * train_gpt2.head_loss(x, w, targets, 100), ours)
 
-
 def test_head_loss_of_a_sure_token():
     """In bf16 the gradient of a token that the model is almost sure of does not vanish."""
     x = torch.tensor([[8.0]], dtype=torch.bfloat16, requires_grad=True)
     w = torch.tensor([[1.0], [0.0]], requires_grad=True)
     train_gpt2.head_loss(x, w, torch.tensor([0]), 2).backward()
     assert x.grad.item() == pytest.approx(-math.exp(-8), rel=0.02)
-
 
 def test_padding_gets_no_probability():
     """A vocabulary of 100 is padded to 128: those ids are never predicted, and learn nothing."""
@@ -299,7 +278,6 @@ def test_padding_gets_no_probability():
     model(x, x).backward()
     assert not model.lm_head.weight.grad[100:].any() and model.lm_head.weight.grad[:100].any()
 
-
 @both_archs
 def test_a_compiled_run_is_the_same(arch, small, monkeypatch):
     """Training and validation are a graph each, and samples none, as they have many lengths."""
@@ -311,7 +289,7 @@ def test_a_compiled_run_is_the_same(arch, small, monkeypatch):
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    small += ["--optimizer=adamw", "--num_iterations=2", "--val_loss_every=1"]
+    small += ["--optimizer=adamw", "--n_layer=1", "--num_iterations=2", "--val_loss_every=1"]
     small += [f"--{name}={value}" for name, value in arch.items() if value not in (True, False)]
     main([*small, "--output_dir=plain"])
     compile = functools.partialmethod(GPT.compile, backend=backend, fullgraph=True)
@@ -333,7 +311,6 @@ def counting_shards(sizes, T, seed=None):
         fineweb.write_shard(f"count_train_{i:06d}.bin", np.arange(starts[i], starts[i] + n))
     return TokenLoader("count_train_*.bin", T, seed)
 
-
 @pytest.mark.parametrize("seed", [None, 7])
 def test_every_token_once_an_epoch(seed):
     """But for a shard's first and its last few. Without a seed they come as they lie."""
@@ -351,7 +328,6 @@ def test_every_token_once_an_epoch(seed):
                 for i in range(1, (n - 1) // 16 * 16 + 1)]
     assert sorted(seen) == expected and (seen == expected) == (seed is None)
 
-
 def test_epochs_are_shuffled_anew():
     """Each epoch and each seed has an order of its own, and any process finds the same one."""
     def epoch(number, seed=7):
@@ -366,7 +342,6 @@ def test_epochs_are_shuffled_anew():
     loader = counting_shards((2000, 3000), 16, 7)
     x, _ = loader.batch(loader.total - 2, 4, CPU)
     assert x[:, 0].tolist() == epoch(0)[-2:] + epoch(1)[:2]
-
 
 @pytest.mark.parametrize("world_size, batch_size", [(1, 1), (1, 16), (1, 64), (2, 16), (3, 4)])
 def test_validation_counts_the_same_tokens(world_size, batch_size, small):
@@ -385,7 +360,6 @@ def rates(schedule, warmup_iters, steps, num_iterations=19000):
     return [train_gpt2.get_lr(step, num_iterations, 2.0, warmup_iters, schedule) / 2.0
             for step in steps]
 
-
 def test_schedules():
     """A cosine has gone a quarter of its way where a straight line has gone a third."""
     wanted = [0.1, 0.55, 1, 0.1 + 0.9 * 0.75, 0.55, 0.1]
@@ -395,15 +369,13 @@ def test_schedules():
     with pytest.raises(ValueError):
         rates("linear", 700, [18000])
 
-
 @pytest.mark.parametrize("schedule", ["wsd", "cosine"])
-@pytest.mark.parametrize("warmup_iters", [0, 250, 500, 900, 1000])
+@pytest.mark.parametrize("warmup_iters", [0, 250, 500, 900])
 def test_rates_have_no_jump(schedule, warmup_iters):
     """However long the warm-up: a step changes the rate by two hundredths at most."""
     curve = rates(schedule, warmup_iters, range(1000), 1000)
     assert max(abs(a - b) for a, b in zip(curve, curve[1:], strict=False)) < 0.02
     assert min(curve) > 0 and max(curve) <= 1 and curve[0] == (0.1 if warmup_iters else 1)
-
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_what_each_optimizer_has(optimizer):
@@ -419,7 +391,6 @@ def test_what_each_optimizer_has(optimizer):
         kind = "Muon" if optimizer == "muon" and ".h." in name and p.dim() == 2 else "AdamW"
         assert found.pop(p) == (kind, 0.3 if p.dim() == 2 else 0.0), name
     assert not found
-
 
 def test_muon_is_pytorchs(monkeypatch):
     """Matrices of a shape go through it some at a time, and make the steps of torch.optim.Muon."""
@@ -447,7 +418,6 @@ def test_muon_is_pytorchs(monkeypatch):
         # as close as bf16 gets: small beside the way that they have gone
         assert (p - q).norm() < 0.05 * (q - first).norm()
 
-
 @pytest.mark.parametrize("rows, cols", [(32, 64), (64, 32)])
 def test_orthogonalize(rows, cols):
     """Whatever the singular values were, they are about 1, and the directions are the same."""
@@ -472,22 +442,19 @@ def test_train_is_its_plain_form(grad_clip, small):
     code = code.replace("model.parameters(), 1.0", f"model.parameters(), {grad_clip or math.inf}")
     names = vars(train_gpt2) | dict(
         losses=[], num_iterations=6, learning_rate=4e-3, B=16, device=CPU, inf=math.inf,
-        train_data=TokenLoader("sums_train_*.bin", 32, seed=1337),
-        config=GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=32, vocab_size=257))
+        train_data=TokenLoader("sums_train_*.bin", 32, seed=1337), config=tiny_model(
+            vocab_size=257).config)
     torch.manual_seed(1337)
     exec(code, names)
     assert names["losses"] == pytest.approx(list(log_of().values()), rel=1e-5)
     assert max(log_of(kind=NORM).values()) > 1
 
-
 def test_accumulation_equals_one_large_batch(small):
     """The same losses and gradients, however many sequences there are in a micro-batch."""
-    for size in 16, 4, 1:
+    for size in 16, 2:
         main([*small, "--optimizer=adamw", f"--batch_size={size}", f"--output_dir=log{size}"])
     for kind in "trl", "tel", NORM:
-        for folder in "log4", "log1":
-            assert log_of(folder, kind) == pytest.approx(log_of("log16", kind), rel=1e-4)
-
+        assert log_of("log2", kind) == pytest.approx(log_of("log16", kind), rel=1e-4)
 
 def test_dropout_is_off_while_the_model_is_looked_at(small, monkeypatch):
     """A module like dropout finds itself in training for its steps alone, also after a sample."""
@@ -508,7 +475,6 @@ def test_dropout_is_off_while_the_model_is_looked_at(small, monkeypatch):
     assert seen == {(True, True), (False, False)}
     assert not train_gpt2.load_model("log/best.pt", CPU)[0].training
 
-
 def test_a_group_may_have_a_rate_of_its_own(small, monkeypatch):
     """lr_scale 0 for the tables: they stay where they begin, and all else learns."""
     real = train_gpt2.make_optimizers
@@ -526,10 +492,8 @@ def test_a_group_may_have_a_rate_of_its_own(small, monkeypatch):
     same = {name for name in after if torch.equal(after[name], before[name])}
     assert same == {"transformer.wte.weight", "lm_head.weight"}
 
-
 class Crash(Exception):
     """Ends a run as a power cut would, where a test wants it."""
-
 
 def in_step(monkeypatch, when, *signals):
     """In the step `when` of the runs that follow, before its update, signals come, or a Crash."""
@@ -544,7 +508,6 @@ def in_step(monkeypatch, when, *signals):
 
     monkeypatch.setattr(train_gpt2, "get_lr", get_lr)
 
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resume_is_exact(small, optimizer, monkeypatch):
     """A run that crashed and was resumed has the losses of one that did not, and its weights."""
@@ -557,7 +520,6 @@ def test_resume_is_exact(small, optimizer, monkeypatch):
     assert main([*small, "--resume"]) == 0
     assert_same_run("log", "straight")
     assert list(log_of(kind="tel")) == [0, 3, 6, 8]
-
 
 def test_resume_takes_its_flags_from_the_run(small, capsys):
     """What is typed wins. Without a last.pt a new run begins, if the flags say of what."""
@@ -572,7 +534,6 @@ def test_resume_takes_its_flags_from_the_run(small, capsys):
     commands = re.findall(r"^s:(\d+) command:(.*)", Path("log/main.log").read_text("utf-8"), re.M)
     assert commands[0][1].startswith(shlex.join(["python", "train_gpt2.py", *small]))
     assert commands[1] == ("6", shlex.join(["python", "train_gpt2.py", *again]))
-
 
 def test_best_and_last(small, monkeypatch):
     """best.pt has the weights of the lowest validation loss alone, last.pt all that a run needs."""
@@ -590,7 +551,6 @@ def test_best_and_last(small, monkeypatch):
     # a resumed run knows what was lowest
     main(["--resume", "--output_dir=log", "--num_iterations=14"])
     assert load("log/best.pt")["step"] == best["step"]
-
 
 def test_a_killed_run_leaves_a_checkpoint(small):
     """kill -9 while the second last.pt is being written: the first is still there, and goes on."""
@@ -610,7 +570,6 @@ torch.save = save""", small, codes=(9 if os.name == "nt" else -signal.SIGKILL,))
     assert main([*small, "--resume"]) == 0
     assert_same_run("log", "straight")
 
-
 def test_a_full_disk_leaves_the_old_checkpoint(small, capsys):
     """A limit on the size of files stands in for the disk: a write fails half-way, as there."""
     resource = pytest.importorskip("resource", reason="Windows has no such limit")
@@ -628,14 +587,12 @@ def test_a_full_disk_leaves_the_old_checkpoint(small, capsys):
     assert Path("log/last.pt").read_bytes() == before and not list(Path("log").glob("*.tmp"))
     assert main(again) == 0
 
-
 def test_a_terminal_that_is_gone_ends_no_run(small, monkeypatch):
     def gone(*args):
         raise BrokenPipeError
 
     monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=gone, flush=gone))
     assert main(small) == 0 and load("log/last.pt")["step"] == 6
-
 
 @contextlib.contextmanager
 def nobody_reads_stderr():
@@ -648,7 +605,6 @@ def nobody_reads_stderr():
     yield
     os.dup2(usual, 2)
     os.close(usual)
-
 
 @pytest.mark.parametrize("number, step, stderr", [
     (signal.SIGINT, 2, contextlib.nullcontext), (signal.SIGTERM, 3, nobody_reads_stderr)])
@@ -666,7 +622,6 @@ def test_signals_stop_a_run_gently(number, step, stderr, small, capsys, monkeypa
     assert main(shlex.split(command)) == 0
     assert_same_run("my log", "straight")
 
-
 def test_a_second_ctrl_c_ends_at_once(small, monkeypatch):
     """In the middle of a step. Then the folder is free, and Ctrl-C does what it did before."""
     # what a terminal has; in the background of a script it would be ignored
@@ -677,16 +632,14 @@ def test_a_second_ctrl_c_ends_at_once(small, monkeypatch):
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     assert not Path("log/last.pt").exists() and main(small) == 0
 
-
 def test_two_processes_train_as_one(small):
     """The same losses and gradients to rounding, and one of them speaks."""
     small += ["--optimizer=adamw", "--batch_size=2", "--learning_rate=1e-3"]
     main([*small, "--output_dir=one"])
-    out = run_changed("", small, codes=(0, 0))
+    out = run_changed("", small, (0, 0))
     for kind in "trl", "tel", NORM:
         assert log_of("log", kind) == pytest.approx(log_of("one", kind), rel=1e-3)
     assert out.count("a sample after 6") == 1
-
 
 def test_one_process_begins_and_two_go_on(small, monkeypatch):
     """With Muon, and with a signal to the second of them alone, which stops both."""
@@ -736,7 +689,6 @@ def test_autocast_follows_the_hardware(asked, able, dtype, monkeypatch):
     assert loss.dtype == torch.float32 and abs(loss - model(x, x)) < 0.01
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
-
 def test_micro_batches_fit_the_device(monkeypatch):
     """They divide a step; a small GPU, fp32 and a model that is not compiled get smaller ones."""
     def pick(gigabytes, model="d12", dtype="bfloat16", compiled=True, sequences=512, world_size=1):
@@ -751,7 +703,6 @@ def test_micro_batches_fit_the_device(monkeypatch):
     # of eight processes each has an eighth of the step, and on a CPU it is 4096 tokens
     assert pick(80, sequences=30) == 30 and pick(80, sequences=256, world_size=8) == 32
     assert [pick(0), pick(0, sequences=6), pick(0, sequences=5)] == [4, 3, 1]
-
 
 def test_an_import_has_no_side_effects(monkeypatch, capsys):
     """In a notebook, whatever stands on the command line. And these tests import on Windows."""
@@ -787,7 +738,6 @@ def test_earlier_runs_are_kept(small, capsys):
     # the command that is printed can be pasted
     sample = re.findall(r"python train_gpt2\.py (--sample.*)", capsys.readouterr().out)[-1]
     assert main(shlex.split(sample)) == 0 and capsys.readouterr().out.startswith("def ")
-
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_disk_without_locks(code, small, monkeypatch):
@@ -828,7 +778,6 @@ def test_generate():
     everything = {token for seed in range(5) for token in draw(100, seed, temperature=9, top_k=0)}
     assert len(everything) > 50 and max(everything) < 100
 
-
 def test_tokenizers(bpe):
     for name, (size, end, _) in train_gpt2.TOKENIZERS.items():
         encode, decode = train_gpt2.load_tokenizer(name)
@@ -836,7 +785,6 @@ def test_tokenizers(bpe):
         assert decode(ids) == "naïve 🙂" and max(ids) < end == size - 1
     with pytest.raises(ValueError):
         train_gpt2.load_tokenizer("klingon")
-
 
 @pytest.mark.parametrize("prompt, end, ids", [
     ("dé", 256, [256, 100, 0xC3, 0xA9]), ("<|endoftext|>dé", 256, [256, 100, 0xC3, 0xA9]),
@@ -852,9 +800,7 @@ def test_prompts_and_pieces_of_characters(prompt, end, ids, capsys, monkeypatch)
     train_gpt2.print_sample(tiny_model(vocab_size=257), "bytes", prompt)
     assert capsys.readouterr().out == f"{prompt or 'def '}né→\N{REPLACEMENT CHARACTER}A\n"
 
-
 def save_model(path, model, tokenizer="gpt2"):
-    """Stores a model as a run stores it in best.pt."""
     state = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
     train_gpt2.save_checkpoint(path, state | {"tokenizer": tokenizer})
 
@@ -864,7 +810,6 @@ def save_model(path, model, tokenizer="gpt2"):
 
 VARIANT = dict(norm="rmsnorm", mlp="swiglu", pos="rope", bias=False, qk_norm=True)
 ORIGINAL = dict(optimizer="adamw", schedule="cosine", qk_norm=False)
-
 
 @pytest.mark.parametrize("flags, values", [
     ("", dict(
@@ -894,11 +839,9 @@ def test_presets_and_recipes(flags, values):
     config = dataclasses.asdict(train_gpt2.make_config(args, 50257))
     assert {name: config.get(name, getattr(args, name)) for name in values} == values
 
-
 def write(name, content):
     Path(name).parent.mkdir(exist_ok=True)
     Path(name).write_bytes(content)
-
 
 def shard(magic=20240520, count=5000, length=5000, token=1, vocab_size=257):
     """Puts another file in the place of the second training shard."""
@@ -906,16 +849,13 @@ def shard(magic=20240520, count=5000, length=5000, token=1, vocab_size=257):
     header[:4] = magic, 1, count, vocab_size
     write("sums_train_000002.bin", header.tobytes() + np.full(length, token, "<u2").tobytes())
 
-
 def all_shards(vocab_size, pattern="sums_*.bin"):
     """Other shards in the place of those that match."""
     for path in Path().glob(pattern):
         fineweb.write_shard(path, np.ones(5000, int), vocab_size)
 
-
 def bad_question(line):
     write("q.jsonl", b'{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": "1"}\n' + line)
-
 
 def fail_in(patch, name, error):
     """From now on a function of train_gpt2, or tiktoken's, raises the error."""
@@ -926,7 +866,6 @@ def fail_in(patch, name, error):
         patch.setitem(sys.modules, name, types.SimpleNamespace(get_encoding=fail))
     else:
         patch.setattr(train_gpt2, name, fail)
-
 
 # What is wrong, the flags of a small run or another command, and words of its last line.
 ERRORS = [
@@ -970,7 +909,7 @@ ERRORS = [
     # what cannot be exported
     ("save_model('a.pt', tiny_model(), 'bytes')", "report/export.py a.pt out", "a.pt bytes"),
     ("save_model('a.pt', tiny_model(mlp='gelu'))", "report/export.py a.pt out", "--arch gpt2 gelu"),
-    ("save_model('a.pt', tiny_model()), os.mkdir('out')", "report/export.py a.pt out", "out exists"),
+    ("save_model('a.pt', tiny_model()), os.mkdir('o')", "report/export.py a.pt o", "o exists"),
     # texts and questions, with their rows and lines
     *((f"write('bad{name}', {content!r})", f"fineweb.py --input bad{name} --out=mine", words)
       for name, content, words in (
@@ -998,12 +937,10 @@ ERRORS = [
       for how in ("--input q.jsonl", "--tokenize", "--shards=1")),
 ]
 
-
 def files():
     """Those that a command that fails may neither change nor leave behind."""
     return {path: path.stat().st_mtime_ns for path in Path().rglob("*.*")
             if path.suffix in (".pt", ".bin", ".tmp")}
-
 
 @pytest.mark.parametrize("wrong, flags, words", ERRORS, ids=[f"{w} {f}" for w, f, _ in ERRORS])
 def test_errors_are_one_line(wrong, flags, words, small, capsys, monkeypatch, request):
@@ -1024,7 +961,6 @@ def test_errors_are_one_line(wrong, flags, words, small, capsys, monkeypatch, re
     assert files() == before
     del held
 
-
 @pytest.mark.parametrize("name", ["evaluate", "orthogonalize", "show_sample"])
 @pytest.mark.parametrize("error", [FileNotFoundError("my.npy"), RuntimeError("cannot allocate")])
 def test_errors_of_your_own_code_stay_what_they_are(name, error, small, monkeypatch):
@@ -1033,7 +969,6 @@ def test_errors_of_your_own_code_stay_what_they_are(name, error, small, monkeypa
     with pytest.raises(type(error)) as e:
         main(small)
     assert e.value is error and e.traceback[-1].name == "fail"
-
 
 @pytest.mark.parametrize("name, message", [
     ("head_loss", "loss of step 3 is nan"), ("evaluate", "validation loss of step 6 is nan")])
@@ -1048,7 +983,6 @@ def test_a_loss_that_is_not_finite(name, message, small, capsys, monkeypatch):
     fails(small, capsys, message, "log")
     state = load("log/last.pt")
     assert state["step"] == 3 and all(w.isfinite().all() for w in state["model"].values())
-
 
 def test_without_a_vocabulary_there_are_no_samples(small, capsys, monkeypatch):
     """A machine that is offline trains all the same."""
@@ -1069,27 +1003,22 @@ def bpe():
         pytest.skip("TIKTOKEN_CACHE_DIR is not set, and tests do not download GPT-2's vocabulary")
     return pytest.importorskip("tiktoken").get_encoding("gpt2")
 
-
 def write_parquet(path, texts, **kwargs):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"text": texts}), path, **kwargs)
 
-
 TEXTS = ["plain words, and more of them\n", "<|endoftext|> is only a word here<|endoftext|>", " ",
          "naïve 🙂 中文 \u0301\r\n\ttab   spaces   ", "\n\n\n a\n\nb \n", "it's we'll " * 30,
          "def f(x):\n    return x**2\n" * 20, "a" * 300, " \u3000\u00a0\u2028 x\x1cy"]
-
 
 def numbered(n):
     """n documents, all different."""
     return [f"{i}: {TEXTS[i % len(TEXTS)]}" for i in range(n)]
 
-
 def words(n, first=0):
     """n characters of numbers in a row, so that every place is different."""
     return " ".join(map(str, range(first, first + n)))[:n]
-
 
 def documents_in(bpe, folder, split):
     """The documents of a folder's shards, which begin with 50256. All shards but one are full."""
@@ -1098,7 +1027,6 @@ def documents_in(bpe, folder, split):
     ids = np.concatenate([fineweb.read_shard(path) for path in paths])
     assert ids[0] == 50256
     return [bpe.decode(part[1:]) for part in np.split(ids, np.flatnonzero(ids == 50256)[1:])]
-
 
 def test_shard_format():
     """llm.c's header, whose fourth integer names the vocabulary, and two bytes a token."""
@@ -1111,7 +1039,6 @@ def test_shard_format():
     assert Path("b.bin").read_bytes() == header.tobytes() + bytes.fromhex("00016100")
     assert fineweb.read_shard("a.bin").tolist() == [50256, 464, 3797]
 
-
 def test_the_worked_example_is_true(bpe):
     """The ids and bytes that the file's first page shows are those of its ten words."""
     lines = dict(re.findall(r"^    (text|tokens|ids|bytes) +(.*)$", fineweb.__doc__, re.M)[:3])
@@ -1120,7 +1047,6 @@ def test_the_worked_example_is_true(bpe):
     assert lines["tokens"].split("|") == [bpe.decode([i]) for i in ids][:-1] + ["."]
     sixteen = np.array([50256, *ids[:7]], "<u2").tobytes().hex(" ")
     assert f"bytes    {sixteen}\n" in fineweb.__doc__
-
 
 def test_stdlib_corpus():
     """Bytes of the library's source, the same files held out everywhere, made only once."""
@@ -1131,27 +1057,23 @@ def test_stdlib_corpus():
         assert ids[path][0] == 256 == ids[path].max() and fineweb.find_shards(path)[2] == 257
     assert 0.01 < len(ids[val]) / len(ids[train]) < 0.06
     assert Path(json.__file__).read_bytes() in ids[train].astype(np.uint8).tobytes()
-    assert sorted(train.parent.glob("*.*")) == sorted([train.parent / ".gitignore", train, val])
     made = files()
     assert fineweb.stdlib_corpus() == pattern and files() == made
-
 
 def test_a_text_is_cut_without_changing_its_tokens(bpe):
     """Wherever a cut may be made, and whatever the size of the pieces, also of FineWeb itself."""
     rng = np.random.default_rng(0)
     text = "".join(rng.choice(list("ab1.!'\"\n\t    é的\u00a0\u3000\x1c\x85🙂sdtlvre"), 20_000))
+    assert all(100 <= len(piece) <= 200 for piece in list(fineweb.cut(text, 100))[:-1])
+    assert list(fineweb.cut("a" * 50, 10)) == ["a" * 20, "a" * 20, "a" * 10]
     for path in sorted(Path(os.environ.get("FINEWEB_SAMPLE", "nowhere")).rglob("*.parquet"))[:1]:
         parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
         text += "".join(parquet.read_table(path, columns=["text"])["text"].to_pylist()[:500])
     places = [0, *(match.start() for match in fineweb.CUT.finditer(text)), len(text)]
     everywhere = [text[a:b] for a, b in zip(places, places[1:], strict=False)]
-    for pieces in (everywhere, list(fineweb.cut(text, 100)), list(fineweb.cut(text, 5000))):
-        assert "".join(pieces) == text
+    for pieces in everywhere, list(fineweb.cut(text, 5000)):
         ids = [i for piece in pieces for i in bpe.encode_ordinary(piece)]
-        assert ids == bpe.encode_ordinary(text)
-    assert all(100 <= len(piece) <= 200 for piece in list(fineweb.cut(text, 100))[:-1])
-    assert list(fineweb.cut("a" * 50, 10)) == ["a" * 20, "a" * 20, "a" * 10]
-
+        assert "".join(pieces) == text and ids == bpe.encode_ordinary(text)
 
 @pytest.mark.parametrize("documents, flags, share", [
     ([words(80_000).replace(" ", "-")], [], 0.1),
@@ -1171,7 +1093,6 @@ def test_the_share_held_out(documents, flags, share, bpe, capsys):
     assert {4 * text.index(piece) // len(text) for piece in val} == {0, 1, 2, 3}
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert train_gpt2.open_data(train_gpt2.parse_args(command[2:]))[0].total > 10
-
 
 def test_your_own_files(bpe, monkeypatch, capsys):
     """Each way in: documents come back in their order, and a line counts what was read."""
@@ -1202,17 +1123,12 @@ def test_your_own_files(bpe, monkeypatch, capsys):
         walk = iter(wanted)
         assert all(text in walk for text in part)
     out = capsys.readouterr().out
-    assert "d.png is passed over" in out
-    assert set(out.splitlines()[1].split(", ")) == {
-        f"8 files: {len(wanted)} documents read", "101 empty documents passed over",
-        "1 files passed over"}
-
+    counts = f"8 files: {len(wanted)} documents read 101 empty documents passed over"
+    assert "d.png is passed over" in out and all(count in out for count in counts.split("read "))
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Answers as huggingface.co does.
+    """huggingface.co with server.files, {dataset/path: bytes}; server.asked lists what was sent."""
 
-    Its server has files, {dataset/path: bytes}, and a list of those that were asked for.
-    """
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
@@ -1244,10 +1160,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The validation shard and two training shards of two datasets, 40 kB each."""
+    """A validation shard and two training shards of each of two datasets."""
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.files, server.asked = {}, []
@@ -1264,25 +1179,19 @@ def hub(tmp_path, monkeypatch):
     server.shutdown()
     server.server_close()
 
-
 def run_fineweb(*argv, setup="pass"):
-    """(exit code, last line of stderr) of the script, in a process of its own.
-
-    setup: code that runs before, to change constants.
-    """
+    """(exit code, last line of stderr) of the script, in a process of its own, after `setup`."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb; {setup}; "
     done = subprocess.run([sys.executable, "-c", f"{code}fineweb.main(sys.argv[1:])", *argv],
                           capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, (done.stderr.splitlines() or [""])[-1]
 
-
 def downloaded(hub, folder="fineweb10B", prefix="fineweb_"):
     """The folder holds the dataset's shards, byte for byte, and no other ones."""
     there = {path.name: path.read_bytes() for path in Path(folder).glob("*.bin")}
     return there == {name.split("/")[-1]: body for name, body in hub.files.items()
                      if name.split("/")[-1].startswith(prefix)}
-
 
 def test_downloaded_shards(hub, monkeypatch):
     """As many as asked for, where train_gpt2.py looks; none twice; -t edu has another name."""
@@ -1295,7 +1204,6 @@ def test_downloaded_shards(hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     code, err = run_fineweb()
     assert code == 1 and err.startswith("error: kjj0/") and "HF_ENDPOINT" in err
-
 
 def test_raw_text_becomes_llmc_shards(bpe, hub):
     """The first shard validates, texts keep their order, and few --shards take few files."""
@@ -1328,7 +1236,6 @@ def scoring_model(vocab_size=257, block_size=96, **shape):
         model.lm_head.weight[vocab_size:] = 50.0
     return model
 
-
 @torch.no_grad()
 def plain_log_probs(model, items):
     """The reference: one row at a time, then one token of its ending at a time."""
@@ -1339,20 +1246,15 @@ def plain_log_probs(model, items):
             sums.append(sum(logp[t - 1, row[t]].item() for t in range(len(row) - n, len(row))))
     return np.array(sums).reshape(-1, 4)
 
-
 encode_bytes, _ = train_gpt2.load_tokenizer("bytes")
 
-
 def made_questions(n):
-    """n questions of random letters, with contexts and endings of many lengths."""
-    rng = np.random.default_rng(0)
-
+    """n questions, with contexts and endings of many lengths."""
     def text():
-        return "x" + "".join(rng.choice(list("abc de. "), rng.integers(40))).rstrip()
+        return words(1000)[rng.integers(500):][:1 + rng.integers(40)].strip()
 
-    return [dict(activity_label="Doing", ctx_a=text(), ctx_b="then", ctx=text(), label=i % 4,
-                 endings=[text() for _ in range(4)]) for i in range(n)]
-
+    rng = np.random.default_rng(0)
+    return [dict(ctx=text(), label=i % 4, endings=[text() for _ in range(4)]) for i in range(n)]
 
 def test_real_questions_get_the_answers_of_the_plain_loop(bpe):
     """On 200 of the validation set acc and acc_norm choose what the plain loop does."""
@@ -1376,7 +1278,6 @@ def test_real_questions_get_the_answers_of_the_plain_loop(bpe):
     # nan is not right
     assert hellaswag.right_answers(ours * math.nan, items) == (0, 0)
 
-
 @pytest.mark.parametrize("tokens", [1, 300, 99999])
 def test_batches_do_not_change_the_scores(tokens, monkeypatch):
     """Neither the rows that share a batch, nor the zeros behind short ones."""
@@ -1391,7 +1292,6 @@ def test_batches_do_not_change_the_scores(tokens, monkeypatch):
     assert {T for _, T in shapes} <= {32, 64, 70}
     assert (len(shapes) == 160) == (tokens == 1) and sum(B for B, _ in shapes) == 160
     assert np.abs(ours - plain_log_probs(model, items)).max() < 1e-3 and ours.std() > 10
-
 
 def test_the_harness_style():
     """Strings and lengths are those that lm-evaluation-harness 0.4.13 makes of these questions."""
@@ -1408,7 +1308,6 @@ def test_the_harness_style():
     assert item.scored == [len(ending) for ending in endings]
     # Of the last ending nothing is left. The harness divides by 0 then, so it is never chosen.
     assert item.norms[:3] == [9, 2, 3] and -5 / item.norms[3] < -1e6
-
 
 def test_hellaswag_during_training(small, monkeypatch, capsys):
     """A run writes the score to main.log, the one that hellaswag.py gives its last weights."""
@@ -1441,7 +1340,6 @@ def openai_tokenizer():
         shutil.copy(cached, folder / name)
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
 
-
 @pytest.mark.parametrize("kind, arch", [
     ("Qwen3", {}), ("Llama", {"qk_norm": False}), ("GPT2", GPT2_ARCH)])
 def test_exported_models_are_the_same_elsewhere(kind, arch, export, openai_tokenizer):
@@ -1469,7 +1367,6 @@ def test_exported_models_are_the_same_elsewhere(kind, arch, export, openai_token
     gpt2 = dict(n_ctx=64, resid_pdrop=0, attn_pdrop=0)
     assert config == config | (gpt2 if kind == "GPT2" else dict(rope_theta=10000))
 
-
 @torch.no_grad()
 def test_openai_weights(small, openai_tokenizer):
     """OpenAI's layout (merged, transposed, 50,257 rows) comes in with the same logits."""
@@ -1484,11 +1381,9 @@ def test_openai_weights(small, openai_tokenizer):
     x = random_ids(3, 48, below=50257)
     logits = ours(x)[..., :50257]
     assert logits.std() > 0.5 and (logits - theirs(x).logits).abs().max() < 1e-4
-    # a shorter memory is the first positions of the long one, and there is no longer one
+    # a shorter memory is the first positions of the long one
     short = train_gpt2.from_openai("gpt2", 48)
     assert torch.equal(short(x)[..., :50257], logits) and tokenizer == "gpt2"
-    with pytest.raises(SystemExit, match="error: gpt2 .*1024.*--sequence_length"):
-        train_gpt2.from_openai("gpt2", 1025)
     # a run that begins with them
     all_shards(50257)
     argv = [flag for flag in small if not flag.startswith(("--model", "--n_kv_head"))]
@@ -1509,13 +1404,9 @@ import plot  # noqa: E402
 README = ROOT / "README.md"
 REPORTS = sorted((ROOT / "report").glob("*.md"))
 LOGS = ROOT / "report" / "logs"
-# the lab has no table
-GROUPS = sorted({path.name for path in LOGS.iterdir() if path.is_dir()} - {"lab"})
-
 
 def text_of(*paths):
     return "\n".join(path.read_text("utf-8") for path in paths)
-
 
 def test_links_lead_somewhere():
     """To a file, a heading, or an address further down."""
@@ -1530,7 +1421,6 @@ def test_links_lead_somewhere():
             assert target.exists() and (not anchor or anchor in anchors(target)), (path, anchor)
         addresses = set(re.findall(r"^\[(\w+)\]: http", text, re.M))
         assert set(re.findall(r"\]\[(\w+)\]", text)) == addresses
-
 
 def test_commands_are_understood(monkeypatch):
     """In the documents and the scripts' own headings: the script exists and knows the arguments."""
@@ -1564,16 +1454,11 @@ def test_commands_are_understood(monkeypatch):
             seen.add(script)
     assert seen == set(scripts), "a script that no document shows"
 
-
 def test_tables_agree_with_logs():
-    """Ablations in the report are what the logs say, and each log says what made it."""
-    for group in GROUPS:
+    """Each group of runs has its table in the report, but for the lab."""
+    for group in {path.name for path in LOGS.iterdir() if path.is_dir()} - {"lab"}:
         table = ablation.table(LOGS, group)
         assert table.count("\n") > 2 and table in text_of(*REPORTS), group
-    for log in LOGS.glob("*/*/main.log"):
-        command, machine = text_of(log).splitlines()[:2]
-        assert command.startswith("# python ") and ", torch " in machine
-
 
 def lab():
     """{title: (edits, commands)} of the lab. An edit is the lines before, and after."""
@@ -1590,7 +1475,6 @@ def lab():
         if answer and commands:
             experiments[section.splitlines()[0]] = edits, commands
     return experiments
-
 
 @pytest.mark.parametrize("title", lab())
 def test_lab_fits_the_file(title, small, monkeypatch):
@@ -1609,7 +1493,6 @@ def test_lab_fits_the_file(title, small, monkeypatch):
     module.main([*small, *flags, "--output_dir=changed"])
     main([*small, "--seed=1"])
     assert log_of("changed") != log_of()
-
 
 def test_one_step_is_the_runs_first(small, capsys):
     """What one_step.py shows is what a run does: the loss, the rate and the gradient's norm."""
