@@ -67,10 +67,7 @@ def own_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small(tmp_path):
-    """The flags of a run that learns sums in words. One that is added wins over the same one here.
-
-    It is a shrunken d12 and not tiny, because tiny prints only every 20th step.
-    """
+    """The flags of a small run, a shrunken d12 that learns sums. One that is added behind wins."""
     rng = np.random.default_rng(0)
     for name, lines in ("train_000001", 2000), ("train_000002", 900), ("val_000000", 400):
         text = "".join(f"{a} plus {b} is {a + b}.\n" for a, b in rng.integers(0, 100, (lines, 2)))
@@ -418,16 +415,6 @@ def test_muon_is_pytorchs(monkeypatch):
         # as close as bf16 gets: small beside the way that they have gone
         assert (p - q).norm() < 0.05 * (q - first).norm()
 
-@pytest.mark.parametrize("rows, cols", [(32, 64), (64, 32)])
-def test_orthogonalize(rows, cols):
-    """Whatever the singular values were, they are about 1, and the directions are the same."""
-    torch.manual_seed(0)
-    u, _, vh = torch.linalg.svd(torch.randn(3, rows, cols), full_matrices=False)
-    X = train_gpt2.orthogonalize(100 * u @ torch.diag(torch.logspace(0, -1.5, 32)) @ vh)
-    values = torch.linalg.svdvals(X)
-    assert 0.65 < values.min() and values.max() < 1.25, values
-    assert ((u.mT @ X @ vh.mT).diagonal(dim1=1, dim2=2) > 0.6).all()
-
 
 # -------------------------------------------------------------------------------------------------
 # 5. Training
@@ -569,6 +556,13 @@ torch.save = save""", small, codes=(9 if os.name == "nt" else -signal.SIGKILL,))
     assert load("log/last.pt")["step"] == 2 and load("log/best.pt")["step"] == 4
     assert main([*small, "--resume"]) == 0
     assert_same_run("log", "straight")
+
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(monkeypatch):
+    calls = []
+    for name in "fsync", "replace":
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, f=real: calls.append(n) or f(*a))
+    assert train_gpt2.save_checkpoint("a.pt", {}) and calls == ["fsync", "replace"]
 
 def test_a_full_disk_leaves_the_old_checkpoint(small, capsys):
     """A limit on the size of files stands in for the disk: a write fails half-way, as there."""
@@ -871,11 +865,10 @@ def fail_in(patch, name, error):
 ERRORS = [
     # what argparse sees
     ("", "--model=d13", "--model d13 d12"),
-    ("", "--no_such_flag=1", "--no_such_flag --help"),
     *(("", flag, flag.replace("=", " ") + " --help") for flag in (
         "--num_iterations=-3", "--grad_clip=-1", "--temperature=-1", "--top_k=-5", "--n_kv_head=0",
         "--log_every=0", "--seed=-1", "--total_batch_size=0", "--learning_rate=nan",
-        "--val_tokens=0", "--n_layer=2.5", "--norm=rms", "--schedule=linear", "--optimizer=sgd")),
+        "--val_tokens=0", "--n_layer=2.5", "--norm=rms", "--schedule=linear", "--optimizer=sgd", "--no_such_flag=1")),
     ("", "--n_head=5", "n_embd=32 n_head=5"),
     ("", "--n_kv_head=3", "n_head=4 n_kv_head=3"),
     ("", "--total_batch_size=500", "--total_batch_size 500 32"),
@@ -961,8 +954,9 @@ def test_errors_are_one_line(wrong, flags, words, small, capsys, monkeypatch, re
     assert files() == before
     del held
 
-@pytest.mark.parametrize("name", ["evaluate", "orthogonalize", "show_sample"])
-@pytest.mark.parametrize("error", [FileNotFoundError("my.npy"), RuntimeError("cannot allocate")])
+@pytest.mark.parametrize("name, error", [
+    ("evaluate", FileNotFoundError("my.npy")), ("orthogonalize", RuntimeError("cannot allocate")),
+    ("make_optimizers", FileNotFoundError("my.npy")), ("generate", RuntimeError("allocate"))])
 def test_errors_of_your_own_code_stay_what_they_are(name, error, small, monkeypatch):
     """Whoever changes a function sees its error, and where it was raised."""
     fail_in(monkeypatch, name, error)
