@@ -868,7 +868,7 @@ ERRORS = [
     *(("", flag, flag.replace("=", " ") + " --help") for flag in (
         "--num_iterations=-3", "--grad_clip=-1", "--temperature=-1", "--top_k=-5", "--n_kv_head=0",
         "--log_every=0", "--seed=-1", "--total_batch_size=0", "--learning_rate=nan",
-        "--val_tokens=0", "--n_layer=2.5", "--norm=rms", "--schedule=linear", "--optimizer=sgd", "--no_such_flag=1")),
+        "--val_tokens=0", "--n_layer=2.5", "--norm=rms", "--schedule=linear", "--no_such_flag=1")),
     ("", "--n_head=5", "n_embd=32 n_head=5"),
     ("", "--n_kv_head=3", "n_head=4 n_kv_head=3"),
     ("", "--total_batch_size=500", "--total_batch_size 500 32"),
