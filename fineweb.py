@@ -48,7 +48,6 @@ texts, downloads and other people's files.
 """
 import argparse
 import collections
-import functools
 import glob
 import gzip
 import hashlib
@@ -120,8 +119,6 @@ def find_shards(pattern):
     return paths, lengths, vocab_sizes[0]
 
 
-# Only the shards in use are kept open: a system lets a program have some 1000 files open.
-@functools.lru_cache(maxsize=4)
 def read_shard(path):
     """A shard's tokens (uint16) as a memory map: nothing is read before it is used."""
     return np.memmap(path, "<u2", "r", offset=4 * HEADER_INTS)

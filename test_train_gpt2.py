@@ -56,14 +56,14 @@ CPU = torch.device("cpu")
 GPT2_ARCH = {"n_kv_head": 4, **train_gpt2.GPT2}
 not_on_windows = pytest.mark.skipif(os.name == "nt", reason="not on Windows")
 
+
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     """Every test begins in an empty folder, alone, and on a machine without a GPU of any kind."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    # the last test may have had another file of the same name
-    fineweb.read_shard.cache_clear()
+
 
 @pytest.fixture
 def small(tmp_path):
@@ -80,6 +80,7 @@ def small(tmp_path):
         "--device=cpu", "--output_dir=log", f"--input_bin={tmp_path}/sums_train_*.bin",
     ]
 
+
 def fails(argv, capsys, *messages, main=main):
     """main(argv) ends in one line that has all the messages. Returns what was printed before."""
     with pytest.raises(SystemExit) as e:
@@ -88,8 +89,8 @@ def fails(argv, capsys, *messages, main=main):
     assert line.startswith("error: ") and "\n" not in line, line
     for message in messages:
         assert message in line, line
-    del e  # it holds the frames of the run, and they hold its lock
     return capsys.readouterr().out
+
 
 def run_changed(change, argv, codes):
     """train_gpt2.py after lines of code that change it, in a process for each exit code to be.
@@ -117,6 +118,7 @@ def run_changed(change, argv, codes):
     assert tuple(process.returncode for process in processes) == codes, printed
     return "".join(printed)
 
+
 def log_of(folder="log", kind="trl"):
     """{step: loss} out of a folder's main.log. A step that was run twice counts the second time."""
     log = Path(folder, "main.log").read_text("utf-8")
@@ -126,6 +128,7 @@ NORM = r"trl:\S+ lr:\S+ norm"  # log_of(kind=NORM): the lengths of the gradients
 
 load = functools.partial(torch.load, weights_only=True)
 
+
 def assert_same_run(a, b):
     """Two folders have the same losses, and checkpoints with the same weights, to the last bit."""
     for kind in "trl", "tel":
@@ -133,6 +136,7 @@ def assert_same_run(a, b):
     for name in "last.pt", "best.pt":
         one, other = load(f"{a}/{name}")["model"], load(f"{b}/{name}")["model"]
         assert all(torch.equal(one[key], other[key]) for key in one)
+
 
 def tiny_model(shake=0.0, **changes):
     """A small random model. shake: moves its weights, so that no gain is 1 and no bias 0."""
@@ -143,6 +147,7 @@ def tiny_model(shake=0.0, **changes):
         for p in model.parameters():
             p.add_(shake * torch.randn_like(p))
     return model
+
 
 def random_ids(*shape, below=100):
     return torch.randint(0, below, shape, generator=torch.Generator().manual_seed(1))
@@ -180,11 +185,13 @@ def test_parameter_counts(flags, count):
     # as the docstring counts the operations of d12
     assert count != 116_510_976 or round(train_gpt2.flops_per_token(model) / 1e6) == 812
 
+
 @pytest.fixture
 def export():
     """The module report/export.py, which needs transformers."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     return importlib.import_module("export")
+
 
 @pytest.mark.parametrize("arch", [GPT2_ARCH, {"qk_norm": False}, {}, {"n_kv_head": 1}],
                          ids=["GPT-2", "Llama", "Qwen3", "Qwen3, one key/value head"])
@@ -197,6 +204,7 @@ def test_logits_equal_those_of_transformers(arch, export):
     # close to zero the comparison would mean little
     assert ours.std() > 0.5 and (ours - theirs(random_ids(2, 32)).logits).abs().max() < 1e-4
 
+
 def test_rope_depends_on_distance_alone():
     """One query and one key at all times, in three heads: only their distance counts."""
     torch.manual_seed(0)
@@ -208,6 +216,7 @@ def test_rope_depends_on_distance_alone():
         assert scores.diagonal(-distance).std() < 1e-4
     assert scores[:, 0].std() > 0.1
 
+
 @both_archs
 def test_no_position_sees_the_future(arch):
     model = tiny_model(**arch)
@@ -217,10 +226,12 @@ def test_no_position_sees_the_future(arch):
     b = model(x)[0, :, :100]
     assert torch.equal(a[:20], b[:20]) and not torch.allclose(a[20:], b[20:])
 
+
 class LooksLikeCuda(torch.Tensor):
     """A tensor in the computer's memory that says it is on a GPU."""
 
     device = torch.device("cuda")
+
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("kind", [torch.Tensor, LooksLikeCuda])
@@ -257,12 +268,14 @@ def test_head_loss_is_cross_entropy(rows, learns, monkeypatch):
     with torch.no_grad():
         assert torch.equal(3 * train_gpt2.head_loss(x, w, targets, 100), ours)
 
+
 def test_head_loss_of_a_sure_token():
     """In bf16 the gradient of a token that the model is almost sure of does not vanish."""
     x = torch.tensor([[8.0]], dtype=torch.bfloat16, requires_grad=True)
     w = torch.tensor([[1.0], [0.0]], requires_grad=True)
     train_gpt2.head_loss(x, w, torch.tensor([0]), 2).backward()
     assert x.grad.item() == pytest.approx(-math.exp(-8), rel=0.02)
+
 
 def test_padding_gets_no_probability():
     """A vocabulary of 100 is padded to 128: those ids are never predicted, and learn nothing."""
@@ -274,6 +287,7 @@ def test_padding_gets_no_probability():
     assert logits.shape[-1] == 128 and (logits[..., 100:] == -math.inf).all()
     model(x, x).backward()
     assert not model.lm_head.weight.grad[100:].any() and model.lm_head.weight.grad[:100].any()
+
 
 @both_archs
 def test_a_compiled_run_is_the_same(arch, small, monkeypatch):
@@ -305,8 +319,9 @@ def counting_shards(sizes, T, seed=None):
     """A loader over shards of running numbers, so that a token says where it comes from."""
     starts = np.cumsum((0, *sizes))
     for i, n in enumerate(sizes):
-        fineweb.write_shard(f"count_train_{i:06d}.bin", np.arange(starts[i], starts[i] + n))
+        fineweb.write_shard(f"count_train_{i:06d}.bin", np.arange(starts[i], starts[i] + n), 50257)
     return TokenLoader("count_train_*.bin", T, seed)
+
 
 @pytest.mark.parametrize("seed", [None, 7])
 def test_every_token_once_an_epoch(seed):
@@ -325,6 +340,7 @@ def test_every_token_once_an_epoch(seed):
                 for i in range(1, (n - 1) // 16 * 16 + 1)]
     assert sorted(seen) == expected and (seen == expected) == (seed is None)
 
+
 def test_epochs_are_shuffled_anew():
     """Each epoch and each seed has an order of its own, and any process finds the same one."""
     def epoch(number, seed=7):
@@ -340,13 +356,16 @@ def test_epochs_are_shuffled_anew():
     x, _ = loader.batch(loader.total - 2, 4, CPU)
     assert x[:, 0].tolist() == epoch(0)[-2:] + epoch(1)[:2]
 
+
 @pytest.mark.parametrize("world_size, batch_size", [(1, 1), (1, 16), (1, 64), (2, 16), (3, 4)])
-def test_validation_counts_the_same_tokens(world_size, batch_size, small):
+def test_validation_counts_the_same_tokens(world_size, batch_size, small, monkeypatch):
     """For any batch size and number of processes."""
     model = tiny_model(vocab_size=257)
     data = TokenLoader("sums_val_*.bin", 32)
-    parts = [train_gpt2.evaluate(model, data, 70, batch_size, rank=rank, world_size=world_size)
-             for rank in range(world_size)]
+    parts = []
+    for rank in range(world_size):
+        monkeypatch.setattr(train_gpt2, "this_process", lambda rank=rank: (rank, world_size))
+        parts.append(train_gpt2.evaluate(model, data, 70, batch_size))
     assert sum(parts) == pytest.approx(model(*data.batch(0, 70, CPU)).item(), abs=1e-5)
 
 
@@ -357,6 +376,7 @@ def rates(schedule, warmup_iters, steps, num_iterations=19000):
     return [train_gpt2.get_lr(step, num_iterations, 2.0, warmup_iters, schedule) / 2.0
             for step in steps]
 
+
 def test_schedules():
     """A cosine has gone a quarter of its way where a straight line has gone a third."""
     wanted = [0.1, 0.55, 1, 0.1 + 0.9 * 0.75, 0.55, 0.1]
@@ -366,6 +386,7 @@ def test_schedules():
     with pytest.raises(ValueError):
         rates("linear", 700, [18000])
 
+
 @pytest.mark.parametrize("schedule", ["wsd", "cosine"])
 @pytest.mark.parametrize("warmup_iters", [0, 250, 500, 900])
 def test_rates_have_no_jump(schedule, warmup_iters):
@@ -373,6 +394,7 @@ def test_rates_have_no_jump(schedule, warmup_iters):
     curve = rates(schedule, warmup_iters, range(1000), 1000)
     assert max(abs(a - b) for a, b in zip(curve, curve[1:], strict=False)) < 0.02
     assert min(curve) > 0 and max(curve) <= 1 and curve[0] == (0.1 if warmup_iters else 1)
+
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_what_each_optimizer_has(optimizer):
@@ -388,6 +410,7 @@ def test_what_each_optimizer_has(optimizer):
         kind = "Muon" if optimizer == "muon" and ".h." in name and p.dim() == 2 else "AdamW"
         assert found.pop(p) == (kind, 0.3 if p.dim() == 2 else 0.0), name
     assert not found
+
 
 def test_muon_is_pytorchs(monkeypatch):
     """Matrices of a shape go through it some at a time, and make the steps of torch.optim.Muon."""
@@ -436,12 +459,14 @@ def test_train_is_its_plain_form(grad_clip, small):
     assert names["losses"] == pytest.approx(list(log_of().values()), rel=1e-5)
     assert max(log_of(kind=NORM).values()) > 1
 
+
 def test_accumulation_equals_one_large_batch(small):
     """The same losses and gradients, however many sequences there are in a micro-batch."""
     for size in 16, 2:
         main([*small, "--optimizer=adamw", f"--batch_size={size}", f"--output_dir=log{size}"])
     for kind in "trl", "tel", NORM:
         assert log_of("log2", kind) == pytest.approx(log_of("log16", kind), rel=1e-4)
+
 
 def test_dropout_is_off_while_the_model_is_looked_at(small, monkeypatch):
     """A module like dropout finds itself in training for its steps alone, also after a sample."""
@@ -462,6 +487,7 @@ def test_dropout_is_off_while_the_model_is_looked_at(small, monkeypatch):
     assert seen == {(True, True), (False, False)}
     assert not train_gpt2.load_model("log/best.pt", CPU)[0].training
 
+
 def test_a_group_may_have_a_rate_of_its_own(small, monkeypatch):
     """lr_scale 0 for the tables: they stay where they begin, and all else learns."""
     real = train_gpt2.make_optimizers
@@ -479,8 +505,10 @@ def test_a_group_may_have_a_rate_of_its_own(small, monkeypatch):
     same = {name for name in after if torch.equal(after[name], before[name])}
     assert same == {"transformer.wte.weight", "lm_head.weight"}
 
+
 class Crash(Exception):
     """Ends a run as a power cut would, where a test wants it."""
+
 
 def in_step(monkeypatch, when, *signals):
     """In the step `when` of the runs that follow, before its update, signals come, or a Crash."""
@@ -495,6 +523,7 @@ def in_step(monkeypatch, when, *signals):
 
     monkeypatch.setattr(train_gpt2, "get_lr", get_lr)
 
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resume_is_exact(small, optimizer, monkeypatch):
     """A run that crashed and was resumed has the losses of one that did not, and its weights."""
@@ -507,6 +536,7 @@ def test_resume_is_exact(small, optimizer, monkeypatch):
     assert main([*small, "--resume"]) == 0
     assert_same_run("log", "straight")
     assert list(log_of(kind="tel")) == [0, 3, 6, 8]
+
 
 def test_resume_takes_its_flags_from_the_run(small, capsys):
     """What is typed wins. Without a last.pt a new run begins, if the flags say of what."""
@@ -521,6 +551,7 @@ def test_resume_takes_its_flags_from_the_run(small, capsys):
     commands = re.findall(r"^s:(\d+) command:(.*)", Path("log/main.log").read_text("utf-8"), re.M)
     assert commands[0][1].startswith(shlex.join(["python", "train_gpt2.py", *small]))
     assert commands[1] == ("6", shlex.join(["python", "train_gpt2.py", *again]))
+
 
 def test_best_and_last(small, monkeypatch):
     """best.pt has the weights of the lowest validation loss alone, last.pt all that a run needs."""
@@ -538,6 +569,7 @@ def test_best_and_last(small, monkeypatch):
     # a resumed run knows what was lowest
     main(["--resume", "--output_dir=log", "--num_iterations=14"])
     assert load("log/best.pt")["step"] == best["step"]
+
 
 def test_a_killed_run_leaves_a_checkpoint(small):
     """kill -9 while the second last.pt is being written: the first is still there, and goes on."""
@@ -557,12 +589,14 @@ torch.save = save""", small, codes=(9 if os.name == "nt" else -signal.SIGKILL,))
     assert main([*small, "--resume"]) == 0
     assert_same_run("log", "straight")
 
+
 def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(monkeypatch):
     calls = []
     for name in "fsync", "replace":
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, n=name, f=real: calls.append(n) or f(*a))
     assert train_gpt2.save_checkpoint("a.pt", {}) and calls == ["fsync", "replace"]
+
 
 def test_a_full_disk_leaves_the_old_checkpoint(small, capsys):
     """A limit on the size of files stands in for the disk: a write fails half-way, as there."""
@@ -581,12 +615,14 @@ def test_a_full_disk_leaves_the_old_checkpoint(small, capsys):
     assert Path("log/last.pt").read_bytes() == before and not list(Path("log").glob("*.tmp"))
     assert main(again) == 0
 
+
 def test_a_terminal_that_is_gone_ends_no_run(small, monkeypatch):
     def gone(*args):
         raise BrokenPipeError
 
     monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=gone, flush=gone))
     assert main(small) == 0 and load("log/last.pt")["step"] == 6
+
 
 @contextlib.contextmanager
 def nobody_reads_stderr():
@@ -599,6 +635,7 @@ def nobody_reads_stderr():
     yield
     os.dup2(usual, 2)
     os.close(usual)
+
 
 @pytest.mark.parametrize("number, step, stderr", [
     (signal.SIGINT, 2, contextlib.nullcontext), (signal.SIGTERM, 3, nobody_reads_stderr)])
@@ -616,6 +653,7 @@ def test_signals_stop_a_run_gently(number, step, stderr, small, capsys, monkeypa
     assert main(shlex.split(command)) == 0
     assert_same_run("my log", "straight")
 
+
 def test_a_second_ctrl_c_ends_at_once(small, monkeypatch):
     """In the middle of a step. Then the folder is free, and Ctrl-C does what it did before."""
     # what a terminal has; in the background of a script it would be ignored
@@ -626,6 +664,7 @@ def test_a_second_ctrl_c_ends_at_once(small, monkeypatch):
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     assert not Path("log/last.pt").exists() and main(small) == 0
 
+
 def test_two_processes_train_as_one(small):
     """The same losses and gradients to rounding, and one of them speaks."""
     small += ["--optimizer=adamw", "--batch_size=2", "--learning_rate=1e-3"]
@@ -634,6 +673,7 @@ def test_two_processes_train_as_one(small):
     for kind in "trl", "tel", NORM:
         assert log_of("log", kind) == pytest.approx(log_of("one", kind), rel=1e-3)
     assert out.count("a sample after 6") == 1
+
 
 def test_one_process_begins_and_two_go_on(small, monkeypatch):
     """With Muon, and with a signal to the second of them alone, which stops both."""
@@ -683,6 +723,7 @@ def test_autocast_follows_the_hardware(asked, able, dtype, monkeypatch):
     assert loss.dtype == torch.float32 and abs(loss - model(x, x)) < 0.01
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
+
 def test_micro_batches_fit_the_device(monkeypatch):
     """They divide a step; a small GPU, fp32 and a model that is not compiled get smaller ones."""
     def pick(gigabytes, model="d12", dtype="bfloat16", compiled=True, sequences=512, world_size=1):
@@ -697,6 +738,7 @@ def test_micro_batches_fit_the_device(monkeypatch):
     # of eight processes each has an eighth of the step, and on a CPU it is 4096 tokens
     assert pick(80, sequences=30) == 30 and pick(80, sequences=256, world_size=8) == 32
     assert [pick(0), pick(0, sequences=6), pick(0, sequences=5)] == [4, 3, 1]
+
 
 def test_an_import_has_no_side_effects(monkeypatch, capsys):
     """In a notebook, whatever stands on the command line. And these tests import on Windows."""
@@ -732,6 +774,7 @@ def test_earlier_runs_are_kept(small, capsys):
     # the command that is printed can be pasted
     sample = re.findall(r"python train_gpt2\.py (--sample.*)", capsys.readouterr().out)[-1]
     assert main(shlex.split(sample)) == 0 and capsys.readouterr().out.startswith("def ")
+
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_disk_without_locks(code, small, monkeypatch):
@@ -772,6 +815,7 @@ def test_generate():
     everything = {token for seed in range(5) for token in draw(100, seed, temperature=9, top_k=0)}
     assert len(everything) > 50 and max(everything) < 100
 
+
 def test_tokenizers(bpe):
     for name, (size, end, _) in train_gpt2.TOKENIZERS.items():
         encode, decode = train_gpt2.load_tokenizer(name)
@@ -780,10 +824,11 @@ def test_tokenizers(bpe):
     with pytest.raises(ValueError):
         train_gpt2.load_tokenizer("klingon")
 
+
 @pytest.mark.parametrize("prompt, end, ids", [
     ("dé", 256, [256, 100, 0xC3, 0xA9]), ("<|endoftext|>dé", 256, [256, 100, 0xC3, 0xA9]),
     ("dé", None, [100, 0xC3, 0xA9]), (None, 256, [256, *b"def "])])
-def test_prompts_and_pieces_of_characters(prompt, end, ids, capsys, monkeypatch):
+def test_prompts_and_pieces_of_characters(prompt, end, ids, monkeypatch):
     """<|endoftext|> begins every prompt, once, if there is one. Half a character is a mark."""
     def generate(model, asked, *args, **how):
         assert asked == ids and how["end"] == end
@@ -791,8 +836,9 @@ def test_prompts_and_pieces_of_characters(prompt, end, ids, capsys, monkeypatch)
 
     monkeypatch.setattr(train_gpt2, "generate", generate)
     monkeypatch.setitem(train_gpt2.TOKENIZERS, "bytes", (257, end, "def "))
-    train_gpt2.print_sample(tiny_model(vocab_size=257), "bytes", prompt)
-    assert capsys.readouterr().out == f"{prompt or 'def '}né→\N{REPLACEMENT CHARACTER}A\n"
+    text = train_gpt2.sample(tiny_model(vocab_size=257), "bytes", prompt)
+    assert text == f"{prompt or 'def '}né→\N{REPLACEMENT CHARACTER}A"
+
 
 def save_model(path, model, tokenizer="gpt2"):
     state = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
@@ -804,6 +850,7 @@ def save_model(path, model, tokenizer="gpt2"):
 
 VARIANT = dict(norm="rmsnorm", mlp="swiglu", pos="rope", bias=False, qk_norm=True)
 ORIGINAL = dict(optimizer="adamw", schedule="cosine", qk_norm=False)
+
 
 @pytest.mark.parametrize("flags, values", [
     ("", dict(
@@ -833,9 +880,11 @@ def test_presets_and_recipes(flags, values):
     config = dataclasses.asdict(train_gpt2.make_config(args, 50257))
     assert {name: config.get(name, getattr(args, name)) for name in values} == values
 
+
 def write(name, content):
     Path(name).parent.mkdir(exist_ok=True)
     Path(name).write_bytes(content)
+
 
 def shard(magic=20240520, count=5000, length=5000, token=1, vocab_size=257):
     """Puts another file in the place of the second training shard."""
@@ -843,13 +892,16 @@ def shard(magic=20240520, count=5000, length=5000, token=1, vocab_size=257):
     header[:4] = magic, 1, count, vocab_size
     write("sums_train_000002.bin", header.tobytes() + np.full(length, token, "<u2").tobytes())
 
+
 def all_shards(vocab_size, pattern="sums_*.bin"):
     """Other shards in the place of those that match."""
     for path in Path().glob(pattern):
         fineweb.write_shard(path, np.ones(5000, int), vocab_size)
 
+
 def bad_question(line):
     write("q.jsonl", b'{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": "1"}\n' + line)
+
 
 def fail_in(patch, name, error):
     """From now on a function of train_gpt2, or tiktoken's, raises the error."""
@@ -930,10 +982,12 @@ ERRORS = [
       for how in ("--input q.jsonl", "--tokenize", "--shards=1")),
 ]
 
+
 def files():
     """Those that a command that fails may neither change nor leave behind."""
     return {path: path.stat().st_mtime_ns for path in Path().rglob("*.*")
             if path.suffix in (".pt", ".bin", ".tmp")}
+
 
 @pytest.mark.parametrize("wrong, flags, words", ERRORS, ids=[f"{w} {f}" for w, f, _ in ERRORS])
 def test_errors_are_one_line(wrong, flags, words, small, capsys, monkeypatch, request):
@@ -954,6 +1008,7 @@ def test_errors_are_one_line(wrong, flags, words, small, capsys, monkeypatch, re
     assert files() == before
     del held
 
+
 @pytest.mark.parametrize("name, error", [
     ("evaluate", FileNotFoundError("my.npy")), ("orthogonalize", RuntimeError("cannot allocate")),
     ("make_optimizers", FileNotFoundError("my.npy")), ("generate", RuntimeError("allocate"))])
@@ -963,6 +1018,7 @@ def test_errors_of_your_own_code_stay_what_they_are(name, error, small, monkeypa
     with pytest.raises(type(error)) as e:
         main(small)
     assert e.value is error and e.traceback[-1].name == "fail"
+
 
 @pytest.mark.parametrize("name, message", [
     ("head_loss", "loss of step 3 is nan"), ("evaluate", "validation loss of step 6 is nan")])
@@ -977,6 +1033,7 @@ def test_a_loss_that_is_not_finite(name, message, small, capsys, monkeypatch):
     fails(small, capsys, message, "log")
     state = load("log/last.pt")
     assert state["step"] == 3 and all(w.isfinite().all() for w in state["model"].values())
+
 
 def test_without_a_vocabulary_there_are_no_samples(small, capsys, monkeypatch):
     """A machine that is offline trains all the same."""
@@ -997,6 +1054,7 @@ def bpe():
         pytest.skip("TIKTOKEN_CACHE_DIR is not set, and tests do not download GPT-2's vocabulary")
     return pytest.importorskip("tiktoken").get_encoding("gpt2")
 
+
 def write_parquet(path, texts, **kwargs):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -1006,13 +1064,16 @@ TEXTS = ["plain words, and more of them\n", "<|endoftext|> is only a word here<|
          "naïve 🙂 中文 \u0301\r\n\ttab   spaces   ", "\n\n\n a\n\nb \n", "it's we'll " * 30,
          "def f(x):\n    return x**2\n" * 20, "a" * 300, " \u3000\u00a0\u2028 x\x1cy"]
 
+
 def numbered(n):
     """n documents, all different."""
     return [f"{i}: {TEXTS[i % len(TEXTS)]}" for i in range(n)]
 
+
 def words(n, first=0):
     """n characters of numbers in a row, so that every place is different."""
     return " ".join(map(str, range(first, first + n)))[:n]
+
 
 def documents_in(bpe, folder, split):
     """The documents of a folder's shards, which begin with 50256. All shards but one are full."""
@@ -1022,9 +1083,10 @@ def documents_in(bpe, folder, split):
     assert ids[0] == 50256
     return [bpe.decode(part[1:]) for part in np.split(ids, np.flatnonzero(ids == 50256)[1:])]
 
+
 def test_shard_format():
     """llm.c's header, whose fourth integer names the vocabulary, and two bytes a token."""
-    fineweb.write_shard("a.bin", np.array([50256, 464, 3797]))
+    fineweb.write_shard("a.bin", np.array([50256, 464, 3797]), 0)
     fineweb.write_shard("b.bin", [256, 97], vocab_size=257)
     header = np.zeros(256, "<i4")
     header[:3] = [20240520, 1, 3]
@@ -1032,6 +1094,7 @@ def test_shard_format():
     header[2:4] = [2, 257]
     assert Path("b.bin").read_bytes() == header.tobytes() + bytes.fromhex("00016100")
     assert fineweb.read_shard("a.bin").tolist() == [50256, 464, 3797]
+
 
 def test_the_worked_example_is_true(bpe):
     """The ids and bytes that the file's first page shows are those of its ten words."""
@@ -1041,6 +1104,7 @@ def test_the_worked_example_is_true(bpe):
     assert lines["tokens"].split("|") == [bpe.decode([i]) for i in ids][:-1] + ["."]
     sixteen = np.array([50256, *ids[:7]], "<u2").tobytes().hex(" ")
     assert f"bytes    {sixteen}\n" in fineweb.__doc__
+
 
 def test_stdlib_corpus():
     """Bytes of the library's source, the same files held out everywhere, made only once."""
@@ -1053,6 +1117,7 @@ def test_stdlib_corpus():
     assert Path(json.__file__).read_bytes() in ids[train].astype(np.uint8).tobytes()
     made = files()
     assert fineweb.stdlib_corpus() == pattern and files() == made
+
 
 def test_a_text_is_cut_without_changing_its_tokens(bpe):
     """Wherever a cut may be made, and whatever the size of the pieces, also of FineWeb itself."""
@@ -1068,6 +1133,7 @@ def test_a_text_is_cut_without_changing_its_tokens(bpe):
     for pieces in everywhere, list(fineweb.cut(text, 5000)):
         ids = [i for piece in pieces for i in bpe.encode_ordinary(piece)]
         assert "".join(pieces) == text and ids == bpe.encode_ordinary(text)
+
 
 @pytest.mark.parametrize("documents, flags, share", [
     ([words(80_000).replace(" ", "-")], [], 0.1),
@@ -1087,6 +1153,7 @@ def test_the_share_held_out(documents, flags, share, bpe, capsys):
     assert {4 * text.index(piece) // len(text) for piece in val} == {0, 1, 2, 3}
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert train_gpt2.open_data(train_gpt2.parse_args(command[2:]))[0].total > 10
+
 
 def test_your_own_files(bpe, monkeypatch, capsys):
     """Each way in: documents come back in their order, and a line counts what was read."""
@@ -1119,6 +1186,7 @@ def test_your_own_files(bpe, monkeypatch, capsys):
     out = capsys.readouterr().out
     counts = f"8 files: {len(wanted)} documents read 101 empty documents passed over"
     assert "d.png is passed over" in out and all(count in out for count in counts.split("read "))
+
 
 class Hub(http.server.BaseHTTPRequestHandler):
     """huggingface.co with server.files, {dataset/path: bytes}; server.asked lists what was sent."""
@@ -1154,6 +1222,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A validation shard and two training shards of each of two datasets."""
@@ -1162,7 +1231,7 @@ def hub(tmp_path, monkeypatch):
     server.files, server.asked = {}, []
     for dataset in ("fineweb10B-gpt2/fineweb", "finewebedu10B-gpt2/finewebedu"):
         for name in "val_000000", "train_000001", "train_000002":
-            fineweb.write_shard("made", np.arange(20_000) + len(server.files))
+            fineweb.write_shard("made", np.arange(20_000) + len(server.files), 0)
             server.files[f"kjj0/{dataset}_{name}.bin"] = Path("made").read_bytes()
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -1173,6 +1242,7 @@ def hub(tmp_path, monkeypatch):
     server.shutdown()
     server.server_close()
 
+
 def run_fineweb(*argv, setup="pass"):
     """(exit code, last line of stderr) of the script, in a process of its own, after `setup`."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb; {setup}; "
@@ -1181,11 +1251,13 @@ def run_fineweb(*argv, setup="pass"):
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, (done.stderr.splitlines() or [""])[-1]
 
+
 def downloaded(hub, folder="fineweb10B", prefix="fineweb_"):
     """The folder holds the dataset's shards, byte for byte, and no other ones."""
     there = {path.name: path.read_bytes() for path in Path(folder).glob("*.bin")}
     return there == {name.split("/")[-1]: body for name, body in hub.files.items()
                      if name.split("/")[-1].startswith(prefix)}
+
 
 def test_downloaded_shards(hub, monkeypatch):
     """As many as asked for, where train_gpt2.py looks; none twice; -t edu has another name."""
@@ -1198,6 +1270,7 @@ def test_downloaded_shards(hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     code, err = run_fineweb()
     assert code == 1 and err.startswith("error: kjj0/") and "HF_ENDPOINT" in err
+
 
 def test_raw_text_becomes_llmc_shards(bpe, hub):
     """The first shard validates, texts keep their order, and few --shards take few files."""
@@ -1230,6 +1303,7 @@ def scoring_model(vocab_size=257, block_size=96, **shape):
         model.lm_head.weight[vocab_size:] = 50.0
     return model
 
+
 @torch.no_grad()
 def plain_log_probs(model, items):
     """The reference: one row at a time, then one token of its ending at a time."""
@@ -1242,6 +1316,7 @@ def plain_log_probs(model, items):
 
 encode_bytes, _ = train_gpt2.load_tokenizer("bytes")
 
+
 def made_questions(n):
     """n questions, with contexts and endings of many lengths."""
     def text():
@@ -1249,6 +1324,7 @@ def made_questions(n):
 
     rng = np.random.default_rng(0)
     return [dict(ctx=text(), label=i % 4, endings=[text() for _ in range(4)]) for i in range(n)]
+
 
 def test_real_questions_get_the_answers_of_the_plain_loop(bpe):
     """On 200 of the validation set acc and acc_norm choose what the plain loop does."""
@@ -1272,6 +1348,7 @@ def test_real_questions_get_the_answers_of_the_plain_loop(bpe):
     # nan is not right
     assert hellaswag.right_answers(ours * math.nan, items) == (0, 0)
 
+
 @pytest.mark.parametrize("tokens", [1, 300, 99999])
 def test_batches_do_not_change_the_scores(tokens, monkeypatch):
     """Neither the rows that share a batch, nor the zeros behind short ones."""
@@ -1286,6 +1363,7 @@ def test_batches_do_not_change_the_scores(tokens, monkeypatch):
     assert {T for _, T in shapes} <= {32, 64, 70}
     assert (len(shapes) == 160) == (tokens == 1) and sum(B for B, _ in shapes) == 160
     assert np.abs(ours - plain_log_probs(model, items)).max() < 1e-3 and ours.std() > 10
+
 
 def test_the_harness_style():
     """Strings and lengths are those that lm-evaluation-harness 0.4.13 makes of these questions."""
@@ -1302,6 +1380,7 @@ def test_the_harness_style():
     assert item.scored == [len(ending) for ending in endings]
     # Of the last ending nothing is left. The harness divides by 0 then, so it is never chosen.
     assert item.norms[:3] == [9, 2, 3] and -5 / item.norms[3] < -1e6
+
 
 def test_hellaswag_during_training(small, monkeypatch, capsys):
     """A run writes the score to main.log, the one that hellaswag.py gives its last weights."""
@@ -1334,6 +1413,7 @@ def openai_tokenizer():
         shutil.copy(cached, folder / name)
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
 
+
 @pytest.mark.parametrize("kind, arch", [
     ("Qwen3", {}), ("Llama", {"qk_norm": False}), ("GPT2", GPT2_ARCH)])
 def test_exported_models_are_the_same_elsewhere(kind, arch, export, openai_tokenizer):
@@ -1360,6 +1440,7 @@ def test_exported_models_are_the_same_elsewhere(kind, arch, export, openai_token
     # what llama.cpp and mlx-lm look for, and what finetuning would otherwise do
     gpt2 = dict(n_ctx=64, resid_pdrop=0, attn_pdrop=0)
     assert config == config | (gpt2 if kind == "GPT2" else dict(rope_theta=10000))
+
 
 @torch.no_grad()
 def test_openai_weights(small, openai_tokenizer):
@@ -1399,8 +1480,10 @@ README = ROOT / "README.md"
 REPORTS = sorted((ROOT / "report").glob("*.md"))
 LOGS = ROOT / "report" / "logs"
 
+
 def text_of(*paths):
     return "\n".join(path.read_text("utf-8") for path in paths)
+
 
 def test_links_lead_somewhere():
     """To a file, a heading, or an address further down."""
@@ -1415,6 +1498,7 @@ def test_links_lead_somewhere():
             assert target.exists() and (not anchor or anchor in anchors(target)), (path, anchor)
         addresses = set(re.findall(r"^\[(\w+)\]: http", text, re.M))
         assert set(re.findall(r"\]\[(\w+)\]", text)) == addresses
+
 
 def test_commands_are_understood(monkeypatch):
     """In the documents and the scripts' own headings: the script exists and knows the arguments."""
@@ -1448,11 +1532,13 @@ def test_commands_are_understood(monkeypatch):
             seen.add(script)
     assert seen == set(scripts), "a script that no document shows"
 
+
 def test_tables_agree_with_logs():
     """Each group of runs has its table in the report, but for the lab."""
     for group in {path.name for path in LOGS.iterdir() if path.is_dir()} - {"lab"}:
         table = ablation.table(LOGS, group)
         assert table.count("\n") > 2 and table in text_of(*REPORTS), group
+
 
 def lab():
     """{title: (edits, commands)} of the lab. An edit is the lines before, and after."""
@@ -1469,6 +1555,7 @@ def lab():
         if answer and commands:
             experiments[section.splitlines()[0]] = edits, commands
     return experiments
+
 
 @pytest.mark.parametrize("title", lab())
 def test_lab_fits_the_file(title, small, monkeypatch):
@@ -1487,6 +1574,7 @@ def test_lab_fits_the_file(title, small, monkeypatch):
     module.main([*small, *flags, "--output_dir=changed"])
     main([*small, "--seed=1"])
     assert log_of("changed") != log_of()
+
 
 def test_one_step_is_the_runs_first(small, capsys):
     """What one_step.py shows is what a run does: the loss, the rate and the gradient's norm."""

@@ -512,6 +512,8 @@ class TokenLoader:
         self.seed = seed
         # their paths, how many tokens each has, and how many different ids there are in all
         self.paths, lengths, self.vocab_size = fineweb.find_shards(pattern)
+        # the shards that were used last stay open: a system allows some 1000 open files
+        self.read_shard = functools.lru_cache(maxsize=4)(fineweb.read_shard)
         # rows in each shard, and sequences in an epoch
         self.counts = [max(0, n - 1) // T for n in lengths]
         self.total = sum(self.counts)
@@ -537,7 +539,7 @@ class TokenLoader:
             shard, row = self.locate(first + i)
             start = row * self.T
             # only this piece is read from the disk
-            rows[i] = fineweb.read_shard(self.paths[shard])[start : start + self.T + 1]
+            rows[i] = self.read_shard(self.paths[shard])[start : start + self.T + 1]
             check_ids(rows[i], self.vocab_size, self.paths[shard])
         rows = to_device(torch.from_numpy(rows), device)
         # contiguous() copies: shifted views of one tensor gave wrong results on Apple's GPUs
@@ -1479,7 +1481,8 @@ def claim_folder(name, resume):
     # if it is a link to a larger disk, all of this happens there
     home = folder.resolve()
     home.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(f"{home}.lock")
+    # singleton: a notebook in which a run has failed may begin another one
+    lock = filelock.FileLock(f"{home}.lock", is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -1611,7 +1614,7 @@ def stop_signals():
 # This works in a notebook as well, after `from train_gpt2 import *`:
 #
 #     model, tokenizer = load_model("logtiny/best.pt", "cpu")
-#     print_sample(model, tokenizer, "def ")
+#     print(sample(model, tokenizer, "def "))
 #     evaluate(model, TokenLoader("stdlib_py*/stdlib_val_*.bin", T=128), num_sequences=100)
 
 def load_model(name, device):
@@ -1692,8 +1695,8 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=50, generator=No
         x = torch.cat((x, token), dim=1)
 
 
-def print_sample(model, tokenizer, prompt=None, seed=0, max_new_tokens=200, **options):
-    """Prints the prompt and what the model makes of it.
+def sample(model, tokenizer, prompt=None, seed=0, max_new_tokens=200, **options):
+    """Returns the prompt and what the model makes of it, a text.
 
     tokenizer: its name, as load_model() returns it. options: temperature and top_k of generate().
     """
@@ -1707,22 +1710,23 @@ def print_sample(model, tokenizer, prompt=None, seed=0, max_new_tokens=200, **op
         ids = [end] + encode(prompt.removeprefix("<|endoftext|>"))
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     new_ids = generate(model, ids, max_new_tokens, generator=generator, end=end, **options)
-    print(prompt + decode(list(new_ids)), flush=True)
+    return prompt + decode(list(new_ids))
 
 
 def show_sample(model, tokenizer, args, step):
     """A sample for the screen of a run, from process 0."""
     if not is_first_process():
         return
-    print0(f"--- a sample after {step} steps")
     try:
-        # not compiled: it would be compiled anew for each length of the text
-        with torch.compiler.set_stance("force_eager"):
-            print_sample(model, tokenizer, args.prompt, args.seed + step, args.max_new_tokens,
-                         temperature=args.temperature, top_k=args.top_k)
-    except OSError as e:  # no vocabulary, or no terminal: no reason not to train
+        load_tokenizer(tokenizer)
+    except OSError as e:  # no reason not to train
         print0(f"no sample: {e}")
-    print0("---")
+        return
+    # not compiled: it would be compiled anew for each length of the text
+    with torch.compiler.set_stance("force_eager"):
+        text = sample(model, tokenizer, args.prompt, args.seed + step, args.max_new_tokens,
+                      temperature=args.temperature, top_k=args.top_k)
+    print0(f"--- a sample after {step} steps\n{text}\n---")
 
 
 def score_hellaswag(model, tokenizer, autocast):
@@ -1958,8 +1962,8 @@ def main(argv):
     args = parse_args(argv)
     if args.sample is not None:
         model, tokenizer = load_model(args.sample, pick_device(args.device))
-        print_sample(model, tokenizer, args.prompt, args.seed, args.max_new_tokens,
-                     temperature=args.temperature, top_k=args.top_k)
+        print(sample(model, tokenizer, args.prompt, args.seed, args.max_new_tokens,
+                     temperature=args.temperature, top_k=args.top_k))
         return 0
     with stop_signals() as signals:
         stopped = train(args, signals)
