@@ -29,18 +29,19 @@ Letters and words in comments:
     N   B * T, all tokens of a batch in one row
     fp32, bf16   32-bit numbers, and 16-bit ones with the same range but only 2 to 3 decimal digits,
                  which take half the memory and are several times as fast to multiply
-    tiny, d12, d24    sizes that one can train: a toy of 4 layers and 128 channels for a laptop, and
-                 two of GPT-2's, with 12 layers and 768 channels, and 24 and 1024
+    tiny         a model for a laptop: 4 layers, 128 channels, and bytes as tokens
+    d12, d24     two of GPT-2's sizes: 12 layers with 768 channels, and 24 layers with 1024
 
 Launch it:
-    python train_gpt2.py                       tiny, a minute or two on a laptop: it learns to write
-                                               Python, from the source of Python's own library
+    python train_gpt2.py                       tiny learns to write Python from the source of its
+                                               library: a minute or two, to a loss of 1.16
     python fineweb.py                          downloads FineWeb, 10 billion tokens of web pages
-    python train_gpt2.py --model d12           learns from them, on one GPU
+    python train_gpt2.py --model d12           d12 learns from them, on one GPU: 8 hours on an H100,
+                                               by the published speeds of similar code
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --model d12       the same on eight
     python train_gpt2.py --sample logtiny/best.pt --prompt "def "            let it write
     python train_gpt2.py --resume --output_dir log124M    goes on after a crash, Ctrl-C, a full disk
-(d12 writes to log124M, after GPT-2's model of that shape. The variant has 116.5M weights.)
+(The folder log124M is named after GPT-2's model of this shape. Ours has 116.5M weights.)
 
 The model is a variant of GPT-2 with what became usual after it: RMSNorm, rotary positions,
 grouped-query attention, QK-norm, SwiGLU, and no biases. You need not know these words: each is
@@ -96,7 +97,7 @@ class GPTConfig:
 
     n_layer: int = 12         # blocks, one after the other
     n_head: int = 12          # attention heads, side by side in each block
-    n_kv_head: int | None = None  # key/value heads; None: half as many; GPT-2 has n_head
+    n_kv_head: int | None = None  # key/value heads; None: half of n_head; GPT-2 has n_head
     n_embd: int = 768         # C, numbers in the vector of one position
     block_size: int = 1024    # the longest sequence, in tokens
     vocab_size: int = 50257   # V, ids that exist
@@ -146,10 +147,11 @@ def make_norm(config):
 # which those with fitting keys weigh most.
 #
 # So far a query finds the same keys wherever they stand. If two earlier tokens changed places, the
-# mean would be the same: the full stop after "dog bites man" could not tell it from "man bites
-# dog". The order has to enter somehow. GPT-2 adds a learned vector to each position. Rotary
-# positions (RoPE, https://arxiv.org/abs/2104.09864) instead take the channels of queries and keys
-# in pairs, as points in the plane, and rotate each pair by an angle that grows with time.
+# mean would be the same: in the first block, the full stop after "dog bites man" sees what it sees
+# after "man bites dog". The order has to enter somehow. GPT-2 adds a learned vector to each
+# position. Rotary positions (RoPE, https://arxiv.org/abs/2104.09864) instead take the channels of
+# queries and keys in pairs, as points in the plane, and rotate each pair by an angle that grows
+# with time.
 #
 # Why rotate? Let R(a) be the rotation by an angle a. In a dot product, to rotate one vector is to
 # rotate the other one back. So a query rotated by a, and a key rotated by b, have the product
@@ -317,8 +319,9 @@ class Block(nn.Module):
     copy of it (pre-norm) and writes by adding. Adding passes gradients on unchanged. So they reach
     the first block as directly as the last one, and deep models can be trained.
 
-    GPT-2 had dropout here, x + dropout(attn(...)), which keeps a model from learning its text by
-    heart. Ours reads each token once and has none; if yours reads a small text many times, add it.
+    GPT-2 had dropout here, x + dropout(attn(...)): in training it sets random numbers to 0, and so
+    keeps a model from learning its text by heart. d12 reads each token of FineWeb once, and does
+    not need it. If your model reads a small text many times, add it.
     """
 
     def __init__(self, config):
@@ -355,8 +358,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         # GPUs are slow at odd widths like 50,257, so the table is padded to a multiple of 64, here
-        # 50,304. No text has the extra ids, and forward() sets their scores to -inf. So their rows
-        # have a gradient of exactly 0, and only weight decay ever changes them.
+        # 50,304. No text has the extra ids, and their scores are set to -inf. So their rows have a
+        # gradient of exactly 0, and only weight decay ever changes them.
         padded_vocab_size = 64 * math.ceil(config.vocab_size / 64)
         # GPT-2's names: wte is the embedding, a table with a vector for each id; wpe is the one for
         # positions; h are the blocks, and ln the norms, also where they are RMSNorm.
@@ -375,8 +378,8 @@ class GPT(nn.Module):
         # The same table scores the ids at the end: an id's score is the dot product of the final
         # vector with the id's row. Ids that are used alike get similar rows, which serves both ends
         # (https://arxiv.org/abs/1608.05859). With two tables d12 would have 155M weights, a third
-        # more. Some newer scripts pay that, and learn faster. To have two, leave this line out (and
-        # wte out of flops_per_token(), because looking up a row costs nothing).
+        # more. To have two, leave this line out (and wte out of flops_per_token(), because looking
+        # up a row costs nothing).
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
@@ -408,11 +411,12 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe.weight[:T]  # (T, C), the same for every sequence
         else:
             rope = (self.cos[:T], self.sin[:T])
-        # From here on bf16, if that is what we compute in (section 5): half the memory.
+        # From here on bf16, if that is what we compute in: half the memory. (The weights are fp32;
+        # section 5 tells how the two meet.)
         x = x.to(compute_dtype(x))
         for block in self.transformer.h:
             x = block(x, rope)
-        # PyTorch's own LayerNorm returns fp32 even where x is bf16: go back to what x is
+        # PyTorch's own LayerNorm then returns fp32: go back to what x is
         return self.transformer.ln_f(x).to(x.dtype)
 
     def forward(self, idx, targets=None):
@@ -426,7 +430,7 @@ class GPT(nn.Module):
         """
         x = self.features(idx)
         if targets is not None:
-            # (B, T, C) -> (N, C) and (B, T) -> (N,). It leaves out the ids that are only padding.
+            # (B, T, C) -> (N, C) and (B, T) -> (N,). vocab_size says which ids are only padding.
             return head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
                              self.config.vocab_size)
         logits = self.lm_head(x).float()
@@ -458,9 +462,10 @@ class GPT(nn.Module):
 #
 # Why not call F.cross_entropy, then? The logits of 64 sequences of 1024 tokens take
 # 64 * 1024 * 50,304 * 4 bytes = 13 GB in fp32, and more than one copy of them would be kept until
-# the backward pass. But the gradient of a token's logits needs no other token. So head_loss(), in
-# part II, computes logits, loss and gradients for a slice of the tokens, forgets the logits, and
-# goes on to the next slice. The numbers are the same.
+# the backward pass. But the gradient of a token's logits, by the line above, needs no other token.
+# So head_loss(), in part II, takes the tokens slice by slice: it computes a slice's logits, their
+# loss and at once their gradient too, keeps what that means for x and W, and forgets the logits.
+# backward() then finds it ready. The numbers are the same.
 
 # -------------------------------------------------------------------------------------------------
 # 3. The data
@@ -512,7 +517,7 @@ class TokenLoader:
         self.seed = seed
         # their paths, how many tokens each has, and how many different ids there are in all
         self.paths, lengths, self.vocab_size = fineweb.find_shards(pattern)
-        # the shards that were used last stay open: a system allows some 1000 open files
+        # files that were used last stay open, but not all: a system allows about 1000
         self.read_shard = functools.lru_cache(maxsize=4)(fineweb.read_shard)
         # rows in each shard, and sequences in an epoch
         self.counts = [max(0, n - 1) // T for n in lengths]
@@ -551,8 +556,8 @@ def evaluate(model, data, num_sequences, batch_size=16, autocast=contextlib.null
     """The mean loss of the first num_sequences of data, a TokenLoader, in nats a token.
 
     data is text that the model never learns from, so a model that has only memorized does badly.
-    (It may well be lower than the training loss beside it, which is of other text, and of one batch
-    only.) `with autocast():` lets it compute in bf16: see section 5.
+    (This loss may well be lower than the training loss beside it, which is that of other text, and
+    of one batch only.) `with autocast():` lets it compute in bf16: see section 5.
     """
     device = next(model.parameters()).device
     loss_sum = 0.0
@@ -595,11 +600,11 @@ def evaluate(model, data, num_sequences, batch_size=16, autocast=contextlib.null
 #
 # Muon (https://kellerjordan.github.io/posts/muon) is the newer optimizer, for the matrices of the
 # blocks. Where Adam evens out the sizes of single numbers, Muon looks at the matrix as a whole.
-# What a matrix does to vectors is a rotation, a stretch along each axis, and another rotation. A
-# gradient has a few large stretches and many tiny ones: a plain step changes what the matrix does
-# in a few directions, and hardly what it does in the others. But the small stretches are not only
-# noise. Rare things in the text give small gradients, and the same ones again and again. So Muon
-# keeps the rotations and sets all stretches to 1: every direction is learned at the same speed.
+# What a matrix does to a vector is a rotation, a stretch along each axis, and another rotation. If
+# the matrix is a gradient, a few of its stretches are large and most are tiny. So a plain step
+# changes in a few ways what the weights do, and in most ways hardly at all. But what is rare in the
+# text gives small gradients, and the same ones again and again, so there is much to learn in the
+# small stretches, too. Muon keeps the rotations and sets all stretches to 1.
 # That is what orthogonalize() does. In plain form, with g and w matrices:
 #
 #     m = 0.95 m + 0.05 g
@@ -607,8 +612,8 @@ def evaluate(model, data, num_sequences, batch_size=16, autocast=contextlib.null
 #     w -= lr * (0.2 sqrt(max(rows, cols)) * u + weight_decay * w)
 #
 # To look one gradient ahead is Nesterov's idea. And 0.2 sqrt(max(rows, cols)) gives the numbers in
-# u a size of 0.2, as large as AdamW's steps are in practice (see above). So one learning rate
-# serves both optimizers (https://arxiv.org/abs/2502.16982).
+# u a size of 0.2, about that of AdamW's steps in practice. So one learning rate serves both
+# optimizers (https://arxiv.org/abs/2502.16982).
 
 def orthogonalize(matrices):
     """Makes all stretches of matrices (n, rows, cols) about 1. The same shape and dtype.
@@ -625,7 +630,7 @@ def orthogonalize(matrices):
         s -> a s + b s^3 + c s^5
 
     With the a, b and c below, doing this five times brings every s between 1/500 and 1 to between
-    0.7 and 1.2, and smaller ones closer to it. (a, b and c were found by search. The link above
+    0.7 and 1.2, and makes smaller ones larger. (a, b and c were found by search. The link above
     says how, and why this is near enough to 1.)
     """
     a, b, c = 3.4445, -4.775, 2.0315
@@ -648,9 +653,9 @@ class Muon(torch.optim.Optimizer):
     """Averages the gradients, makes the average orthogonal, and takes a step along it.
 
     It is for the matrices of the blocks, which turn one vector into another. The table wte is left
-    to AdamW, because each of its rows is looked up alone. dtype is the precision of the products:
-    bf16 is exact enough, but slow where the hardware lacks it. torch.optim.Muon with
-    adjust_lr_fn="match_rms_adamw" is the same, a matrix at a time.
+    to AdamW, because each of its rows is looked up alone. (As lm_head it is a matrix; Muon's author
+    found AdamW better there, too.) dtype is the precision of the products: bf16 is exact enough,
+    but slow where the hardware lacks it. torch.optim.Muon does the same, a matrix at a time.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95, dtype=torch.bfloat16):
@@ -736,13 +741,14 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
         warm up, stay, fall to 0   warm up, fall to a tenth
 
     Why warm up? At first the optimizers' averages rest on a few gradients, and full steps would go
-    astray. Why fall? Large steps jump to and fro across a valley of the loss, and only small ones
-    get down into it. So two runs can only be compared at the end: on the way, the one whose rate is
-    still high looks worse than it is. wsd means warm up, stable, decay
-    (https://arxiv.org/abs/2404.06395). Its authors decay over the last 10 to 20 % of a run, and we
-    over the last 70 %, like https://github.com/KellerJordan/modded-nanogpt, the speedrun.
-    What d12 gets at some of its 19,073 steps, with 250 steps of warm-up to 2.4e-3, and as this
-    variant was first trained (--recipe original), with 715 to 1.2e-3:
+    astray. (From a tenth, because a rate of 0 teaches nothing.) Why fall? Large steps jump to and
+    fro across a valley of the loss, and only small ones get down into it. So two runs can only be
+    compared at the end: on the way, the one whose rate is still high looks worse than it is. wsd
+    means warm up, stable, decay (https://arxiv.org/abs/2404.06395). The fall takes the last 70 % of
+    all steps, as in https://github.com/KellerJordan/modded-nanogpt, the speedrun.
+
+    d12 reads ten billion tokens in 19,073 steps of 524,288. Its rates at some of them, first with
+    250 steps of warm-up to 2.4e-3, then as this variant was first trained, with 715 to 1.2e-3:
 
         step                             0         125       10,000    19,072
         --recipe today      (wsd)        2.4e-4    1.3e-3    1.6e-3    1.8e-7
@@ -790,12 +796,13 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
 #     fp32        8         23      1.0000001
 #     bf16        8          7      1.008
 #
-# Matrix products take most of the time, and do well in bf16 (inside, they add up in fp32). So does
-# the residual stream. Elsewhere 2 to 3 digits are too few for adding up many numbers: the norms,
-# every softmax and the loss are in fp32, and so is RoPE. (For PyTorch's own functions autocast sees
-# to this, and ours do it themselves.) The weights are in fp32, too, and autocast makes copies in
-# bf16 for the products. So their gradients come out of products in bf16, but those of several
-# micro-batches are added up in fp32.
+#     bf16     the products of matrices, which take most of the time (inside, they add up in fp32),
+#              and the residual stream
+#     fp32     what adds up many numbers in another way: the norms, every softmax, the loss. RoPE.
+#              And the weights, and the sum of their gradients over a step.
+#
+# PyTorch's autocast sees to that: where a product meets fp32 weights, it takes copies in bf16. (Our
+# own functions, RMSNorm and apply_rope(), do it themselves.)
 #
 # Why not keep the weights in bf16? They have a size of 0.02, and a step changes them by about
 # 0.2 lr. At d12's highest rate, 2.4e-3, that is 0.0005, or 2.4 % of a weight. A thousand steps
@@ -846,10 +853,10 @@ def train(args, signals=()):
     require_same_step(first_step, device)
 
     # ---- A step in pieces. Its batch, half a million tokens for d12, does not fit a GPU at once.
-    # So it is cut into micro-batches of batch_size sequences, and they run one after the other. A
-    # GPU with 80 GB takes 64 of d12's 512 sequences at a time, in 8 micro-batches. One with 16 GB
-    # could take 64 * 16 / 80 = 12.8. It takes 8, the next number that divides 512, in 64
-    # micro-batches; two such GPUs share these, 32 each.
+    # So it is cut into micro-batches of batch_size sequences, and a GPU takes one after the other.
+    # With 80 GB it takes 64 of d12's 512 sequences at a time, in 8 micro-batches. With 16 GB it
+    # could take 64 * 16 / 80 = 12.8. It takes 8, the next lower number that divides 512, in 64
+    # micro-batches; two such GPUs share these, 32 each. That is grad_accum_steps.
     compiled = can_compile(args.compile, device)
     batch_size = pick_batch_size(args, device, dtype, compiled, world_size)
     grad_accum_steps = args.total_batch_size // (batch_size * T * world_size)
@@ -880,18 +887,21 @@ def train(args, signals=()):
         """x and y, (batch_size, T) each: this process's part of a micro-batch."""
         if args.overfit_single_batch:
             step = 0
-        # Micro-batches are numbered through the whole run, and each is shared out among all
-        # processes. With two of them and a batch_size of 8:
+        # Micro-batches are numbered through the whole run, and the processes take turns. Those of
+        # two processes, if each takes three in a step:
         #
-        #     micro-batch      0              1              2
-        #     process 0        0 ...  7       16 ... 23      32 ... 39       (sequences)
-        #     process 1        8 ... 15       24 ... 31      40 ... 47
-        number = step * grad_accum_steps + micro_step
-        first = (number * world_size + rank) * batch_size
-        return train_data.batch(first, batch_size, device)
+        #                    step 0        step 1
+        #     process 0      0  2  4       6  8 10
+        #     process 1      1  3  5       7  9 11
+        number = (step * grad_accum_steps + micro_step) * world_size + rank
+        return train_data.batch(number * batch_size, batch_size, device)
 
     def save(name, some_model, steps):
-        """Writes a model that has had so many steps. Returns whether the disk had room for it."""
+        """Writes a model that has had so many steps. Returns whether the disk had room for it.
+
+        (Every process calls this, and process 0 alone writes: all have the same weights. So with
+        what is printed, and main.log.)
+        """
         state = {"config": asdict(config), "model": some_model.state_dict(), "step": steps,
                  "tokenizer": tokenizer, "val_loss": val_loss}
         if name == "last.pt":
@@ -954,8 +964,8 @@ def train(args, signals=()):
             with autocast():
                 loss = ddp_model(x, y)
             # The loss is a mean over the micro-batch, and what we want is the mean over all of
-            # them. But backward() only adds: without this division the gradient of 16 micro-batches
-            # would be 16 times too long. The optimizers ignore a factor that all steps share, so
+            # them. But backward() only adds: without this division the gradient of 8 micro-batches
+            # would be 8 times too long. The optimizers ignore a factor that all steps share, so
             # nobody would notice, but clipping, below, would cut every step.
             loss = loss / grad_accum_steps
             # detach() takes the number, without the graph of operations that made it
@@ -963,11 +973,11 @@ def train(args, signals=()):
             loss.backward()
 
         # Clip: if the gradients of all weights, taken as one long vector, are longer than 1, scale
-        # them to length 1. At first most are (175 of the default run's first 200), and clipping is
+        # them to length 1. At first most are (175 of the first 200 of tiny's run), and clipping is
         # a second warm-up. Later it is an insurance: one odd batch may have a gradient many times
         # as long, and would fill the optimizers' averages with it for ten or twenty steps. (Without
-        # clipping the default run ends 0.01 higher, a mean of three seeds.) norm is the length
-        # before; with --grad_clip 0 nothing is clipped.
+        # clipping tiny's loss ends 0.01 higher, a mean of three seeds.) norm is the length before;
+        # with --grad_clip 0 nothing is clipped.
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
 
         # The step itself. (A group of parameters may have an "lr_scale", to get a multiple of the
