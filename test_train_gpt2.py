@@ -25,6 +25,7 @@ import shlex
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -244,6 +245,19 @@ def test_attention_is_its_plain_form(kind, dtype, tolerance):
     names = dict(q=q.float(), k=k.float(), v=v.float(), T=16, D=8, n_head=4, n_kv_head=2)
     exec("\n".join(lines).replace("return", "y ="), vars(train_gpt2) | names, names)
     assert torch.allclose(y.as_subclass(torch.Tensor).float(), names["y"], atol=tolerance)
+
+
+def test_initial_weights():
+    """N(0, 0.02^2), what writes into the residual stream less, and so a first loss of ln V."""
+    model = tiny_model(n_layer=8, n_embd=128, **GPT2_ARCH)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            assert (p == (0 if name.endswith("bias") else 1)).all(), name
+        else:
+            scale = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(scale, rel=0.1), name
+    x = random_ids(8, 33)
+    assert abs(model(x[:, :-1], x[:, 1:]).item() - math.log(100)) < 0.1
 
 
 # -------------------------------------------------------------------------------------------------
@@ -949,8 +963,6 @@ ERRORS = [
         ("--sequence_length=64", "block_size=32"), ("--model=d24", "last.pt --model d12"),
         ("--arch=gpt2", "last.pt --arch variant"), ("--optimizer=adamw", "--optimizer muon"),
         ("--num_iterations=5", "last.pt 6 --num_iterations"))),
-    # what a machine lacks
-    ("patch.setitem(sys.modules, 'transformers', None)", "--sample=gpt2", "pip transformers"),
     # what cannot be exported
     ("save_model('a.pt', tiny_model(), 'bytes')", "report/export.py a.pt out", "a.pt bytes"),
     ("save_model('a.pt', tiny_model(mlp='gelu'))", "report/export.py a.pt out", "--arch gpt2 gelu"),
@@ -1538,6 +1550,37 @@ def test_tables_agree_with_logs():
     for group in {path.name for path in LOGS.iterdir() if path.is_dir()} - {"lab"}:
         table = ablation.table(LOGS, group)
         assert table.count("\n") > 2 and table in text_of(*REPORTS), group
+
+
+def test_figures_agree_with_logs():
+    """Every figure in bold is in the logs, and the README shows what the default run printed."""
+    known = set()
+    for group in {path.name for path in LOGS.iterdir() if path.is_dir()} - {"lab"}:
+        for cell in re.split(r" ?[|\n] ?", ablation.table(LOGS, group)):
+            known.add(cell.split(",")[0].replace("%", " %"))
+        # single runs, and how far those of the default lie apart
+        ends = [curve[-1][1] for curve in ablation.curves(LOGS, group, "today").values()]
+        known |= {f"{loss:.3f}" for loss in ends}
+        if len(ends) > 1:
+            known.add(f"{statistics.stdev(ends):.3f}")
+    for log in [*(LOGS / "lab").glob("*/main.log"), LOGS / "mlp" / "today.1" / "main.log"]:
+        losses = re.findall(r"(?:tel|trl):(\S+)", text_of(log))
+        known |= {f"{float(loss):.2f}" for loss in losses}
+    for table in text_of(*LOGS.glob("bench*.txt")).split("\n\n"):
+        rows = re.findall(r"^\|.* \| ([\d.]+) \| ([\d,]+) \| [\d.]+ \|", table, re.M)
+        for ms, rate in rows:
+            known |= {ms, f"{float(ms):,.0f} ms", rate}
+            # how much faster than another of the same table
+            known |= {f"{float(other) / float(ms):.2f}" for other, _ in rows}
+    # but not the questions, which are bold, too
+    bold = re.findall(r"\*\*([^*\n]*\d[^*\n]*)(?<![.?])\*\*", text_of(README, *REPORTS))
+    assert len(bold) > 50 and [figure for figure in bold if figure not in known] == []
+    # the default run's lines, but for those of a card that nobody has run it on
+    shown = re.findall(r"^    ((?:model tiny|step|done|def) .*)$", text_of(README), re.M)
+    shown = [line for line in shown if "/19073" not in line]
+    printed = text_of(LOGS / "default_run.txt")
+    assert len(shown) > 5
+    assert [line for line in shown if line.removesuffix(" ...") not in printed] == []
 
 
 def lab():

@@ -34,7 +34,7 @@ Letters and words in comments:
 
 Launch it:
     python train_gpt2.py                       tiny learns to write Python from the source of its
-                                               library: a minute or two, to a loss of 1.16
+                                               library: one to three minutes, to a loss of 1.16
     python fineweb.py                          downloads FineWeb, 10 billion tokens of web pages
     python train_gpt2.py --model d12           d12 learns from them, on one GPU: 8 hours on an H100,
                                                by the published speeds of similar code
@@ -604,8 +604,8 @@ def evaluate(model, data, num_sequences, batch_size=16, autocast=contextlib.null
 # the matrix is a gradient, a few of its stretches are large and most are tiny. So a plain step
 # changes in a few ways what the weights do, and in most ways hardly at all. But what is rare in the
 # text gives small gradients, and the same ones again and again, so there is much to learn in the
-# small stretches, too. Muon keeps the rotations and sets all stretches to 1.
-# That is what orthogonalize() does. In plain form, with g and w matrices:
+# small stretches, too. Muon keeps the rotations and sets all stretches to 1, by orthogonalize(). In
+# plain form, with g and w matrices:
 #
 #     m = 0.95 m + 0.05 g
 #     u = orthogonalize(0.95 m + 0.05 g)      # of m as it would be after one more such g
@@ -976,7 +976,7 @@ def train(args, signals=()):
         # them to length 1. At first most are (175 of the first 200 of tiny's run), and clipping is
         # a second warm-up. Later it is an insurance: one odd batch may have a gradient many times
         # as long, and would fill the optimizers' averages with it for ten or twenty steps. (Without
-        # clipping tiny's loss ends 0.01 higher, a mean of three seeds.) norm is the length before;
+        # clipping tiny's loss ends 0.009 higher, a mean of three seeds.) norm is the length before;
         # with --grad_clip 0 nothing is clipped.
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
 
@@ -1028,23 +1028,19 @@ def train(args, signals=()):
 # PART II: WHAT PART I CALLS
 
 # From here on nothing is about how a GPT learns: you can stop reading. To change something:
-#
-#     a property of the model    a field of GPTConfig, and a flag of its name in make_parser(). Old
-#                                checkpoints get the field's default, so let that be the old way.
-#     one of training            a flag in make_parser(): it is stored with the run, and resumed. If
-#                                forward() needs it (dropout), set it on the model in train(), after
-#                                from_openai(): a field could not be changed by --resume.
-#     something random in it     torch.manual_seed(args.seed + step * world_size + rank) after
-#                                model.train(), or a resumed run and all GPUs draw the wrong numbers
-#     an average of the weights  eval_model in train(); compile it, too, put it into last.pt in
-#                                save(), and take it out in load_run()
-#     an optimizer               a name for --optimizer in make_parser(), and at the end of
-#                                make_optimizers() who gets `matrices`. To be resumed, averages have
-#                                to be in self.state[p]. train() sets "lr": for another rate give
-#                                the group an "lr_scale".
-#     a tokenizer                a row of TOKENIZERS, and its loader in load_tokenizer()
-#     a corpus                   shards: fineweb.py makes them, of any text
-#     a number to watch          write_log() gets all numbers; step by step: before clipping
+#     a property of the model     a field of GPTConfig, and a flag of its name in make_parser(). Old
+#                                 checkpoints get the field's default: let that be the old way
+#     one of training             a flag; it is stored and resumed. What forward() needs of it (a
+#                                 dropout) is set on the model in train(), after from_openai()
+#     something random in a step  torch.manual_seed(args.seed + step * world_size + rank) after
+#                                 model.train(), or resumed runs and GPUs draw the wrong numbers
+#     an average of the weights   eval_model in train(); compiled too, saved in save(), and loaded
+#                                 in load_run()
+#     an optimizer                a name for --optimizer, and who gets `matrices` at the end of
+#                                 make_optimizers(); self.state[p] is resumed; for another rate its
+#                                 group has an "lr_scale"
+#     a tokenizer                 a row of TOKENIZERS, and its loader in load_tokenizer()
+#     a corpus                    shards: fineweb.py makes them, of any text
 
 # -------------------------------------------------------------------------------------------------
 # 6. The machine: what it takes to be fast, and to run on any
@@ -1351,23 +1347,6 @@ def open_data(args):
 
 # -------------------------------------------------------------------------------------------------
 # 7. A run: what it says, what it keeps, how it stops and goes on
-
-# What you will see of d12 on an H100 (nobody has tried it: where a number stands as ..., it is not
-# known yet):
-#
-#     python train_gpt2.py --model d12
-#     model d12: 12 layers, 12 heads (6 key/value), 768 wide | 116,510,976 parameters | ...
-#     device NVIDIA H100 80GB HBM3, bfloat16, compiled | 524,288 tokens a step = 64 sequences x ...
-#     data fineweb10B: ... tokens an epoch, 9,999,745,024 in this run
-#     step     0/19073 | val loss ...
-#     step     0/19073 | loss ... | lr 2.40e-04 | norm ... | ... tok/s | MFU ... | ... min left
-#
-# The loss begins near ln V, falls fast for some hundred steps and then ever more slowly, and
-# wobbles by a few percent, since each step has another batch. llm.c's GPT-2 124M has a validation
-# loss on FineWeb of 6.17 after 250 steps, 3.86 after 2,000, 3.39 after 10,000 and 3.27 at the end
-# (its log of 2024-10-13, in the records of the speedrun). We hope that ours stays below that. If it
-# stays near ln V, something is broken: try --overfit_single_batch, whose loss has to come down to
-# almost 0. If it jumps up and stays there, the rate was too high: begin again with half of it.
 
 def complete_config(config):
     """Chooses n_kv_head where it is None, and raises a ValueError if this can be no model."""
@@ -1768,10 +1747,7 @@ def from_openai(name, block_size=1024):
     block_size: the longest sequence, at most the 1024 positions that OpenAI's models have learned.
     The weights are downloaded once. A folder openai-community/NAME, where you are, is taken first.
     """
-    try:
-        import transformers
-    except ModuleNotFoundError:
-        sys.exit("error: OpenAI's weights take one more package: pip install transformers")
+    import transformers  # here, because nothing else needs it
 
     theirs = transformers.GPT2LMHeadModel.from_pretrained(f"openai-community/{name}")
     c = theirs.config
