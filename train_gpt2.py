@@ -211,7 +211,7 @@ def causal_attention(q, k, v):
     take nearly all of the softmax. Then learning is slow: the derivative of a probability p by its
     own score is p (1 - p), and by the score of a position with probability p' it is -p p'. All of
     these are near 0 if one p is near 1 and the others near 0. (Queries and keys that begin much
-    smaller do not need the division: experiment 2 of the lab in report/README.md.)
+    smaller do not need the division: experiment 2 of the lab, report/lab.md.)
     """
     # Flash attention (https://arxiv.org/abs/2205.14135) gives the same numbers, computed tile by
     # tile in the small fast memory of the chip, so that no (T, T) matrix is ever stored.
