@@ -1485,6 +1485,7 @@ def test_openai_weights(small, openai_tokenizer):
 sys.path.append(str(ROOT / "report"))
 import ablation  # noqa: E402
 import bench  # noqa: E402
+import export as report_export  # noqa: E402
 import one_step  # noqa: E402
 import plot  # noqa: E402
 
@@ -1524,8 +1525,7 @@ def test_commands_are_understood(monkeypatch):
     scripts = {"train_gpt2.py": train_gpt2, "fineweb.py": fineweb, "hellaswag.py": hellaswag}
     scripts |= {f"report/{m.__name__}.py": m for m in (ablation, bench, one_step, plot)}
     scripts["lab.py"] = train_gpt2  # a copy of it: see the lab
-    with contextlib.suppress(ModuleNotFoundError):
-        scripts["report/export.py"] = importlib.import_module("export")
+    scripts["report/export.py"] = report_export
     seen = set()
     for path in [README, *REPORTS, *ROOT.glob("*.py"), *(ROOT / "report").glob("*.py")]:
         text = text_of(path)

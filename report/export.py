@@ -18,7 +18,6 @@ from pathlib import Path
 
 import tiktoken.load
 import torch
-import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_gpt2 import GPT2, load_model, load_tokenizer  # noqa: E402
@@ -56,6 +55,8 @@ def to_transformers(config, state):
 
     config: a GPTConfig. state: its weights.
     """
+    import transformers  # here, so that --help works without it
+
     for name, value in asdict(config).items():
         # a new field has to be off at 0, None or False
         if name not in KNOWN and value:
@@ -99,6 +100,8 @@ def to_transformers(config, state):
 @torch.no_grad()
 def export(checkpoint, folder):
     """Writes a checkpoint, and GPT-2's tokenizer, as a folder that transformers opens."""
+    import transformers
+
     if os.path.lexists(folder):
         sys.exit(f"error: {folder} exists already: choose another folder")
     model, tokenizer_name = load_model(checkpoint, "cpu")
