@@ -831,7 +831,9 @@ def test_generate():
 
 
 def test_tokenizers(bpe):
-    for name, (size, end, _) in train_gpt2.TOKENIZERS.items():
+    """There and back, and no id of a text is the one that ends it."""
+    for name in "bytes", "gpt2":
+        size, end, _ = train_gpt2.TOKENIZERS[name]
         encode, decode = train_gpt2.load_tokenizer(name)
         ids = encode("naïve 🙂")
         assert decode(ids) == "naïve 🙂" and max(ids) < end == size - 1

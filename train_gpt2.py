@@ -1031,14 +1031,14 @@ def train(args, signals=()):
 #     a property of the model     a field of GPTConfig, and a flag of its name in make_parser(). Old
 #                                 checkpoints get the field's default: let that be the old way
 #     one of training             a flag; it is stored and resumed. What forward() needs of it (a
-#                                 dropout) is set on the model in train(), after from_openai()
-#     something random in a step  torch.manual_seed(args.seed + step * world_size + rank) after
-#                                 model.train(), or resumed runs and GPUs draw the wrong numbers
+#                                 dropout) is set on the model in train(), after from_openai(). If
+#                                 it is random, torch.manual_seed(args.seed + step * world_size +
+#                                 rank) after model.train(), or resumed runs draw other numbers
 #     an average of the weights   eval_model in train(); compiled too, saved in save(), and loaded
 #                                 in load_run()
 #     an optimizer                a name for --optimizer, and who gets `matrices` at the end of
 #                                 make_optimizers(); self.state[p] is resumed; for another rate its
-#                                 group has an "lr_scale"
+#                                 group has an "lr_scale" (its weight decay is scaled with it)
 #     a tokenizer                 a row of TOKENIZERS, and its loader in load_tokenizer()
 #     a corpus                    shards: fineweb.py makes them, of any text
 
@@ -1057,8 +1057,9 @@ def head_loss(x, weight, targets, vocab_size):
             loss = loss + 1e-4 * logits.logsumexp(dim=-1).square().mean()
         return loss
 
-    PyTorch 2.13 has F.linear_cross_entropy for the same purpose. In bf16 on a CPU it took 5.6 times
-    as long, and rounded its loss to bf16.
+    (The training loss on the screen then has it, too.) PyTorch 2.13 has F.linear_cross_entropy for
+    the same purpose as ours. In bf16 on a CPU it took 5.6 times as long, and rounded its loss to
+    bf16.
     """
     # inside an autograd.Function this could not be asked
     need_gradient = torch.is_grad_enabled()
