@@ -277,9 +277,9 @@ def read_files(paths):
         row = 0
         try:
             for text in read_documents(path):
-                row += 1
                 if not isinstance(text, str | None):
                     raise TypeError(f"its text is no text, but {type(text).__name__}")
+                row += 1
                 if text:
                     counts["documents read"] += 1
                     yield text
@@ -414,6 +414,9 @@ def make_shards(stream, folder, prefix, shards):
                      "129, so give more text or another --val_share")
     # Another run may have finished in the meantime.
     refuse_shards(folder)
+    # Both on the disk before one has its name: the disk may be full.
+    val.flush()
+    train.flush()
     val.finish()
     train.finish()
 
