@@ -796,6 +796,8 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
 #     fp32        8         23      1.0000001
 #     bf16        8          7      1.008
 #
+# What is in which of the two?
+#
 #     bf16     the products of matrices, which take most of the time (inside, they add up in fp32),
 #              and the residual stream
 #     fp32     what adds up many numbers in another way: the norms, every softmax, the loss. RoPE.
