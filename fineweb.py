@@ -53,6 +53,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -515,20 +516,16 @@ def say_what_next(folder, prefix):
               f"128 --total_batch_size {step} --num_iterations {num_iterations}")
 
 
-def share(text):
-    """An argparse type: a number between 0 and 1."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
+def between(kind, low, high=math.inf):
+    """An argparse type: a number of this kind, int or float, from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in the range from {low} to {high}")
+        return value
 
-
-def positive(text):
-    """An argparse type: a whole number from 1 on."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
+    parse.__name__ = kind.__name__  # what argparse calls it, if it is no number at all
+    return parse
 
 
 def main(argv):
@@ -538,11 +535,13 @@ def main(argv):
     add = parser.add_argument
     add("-v", "--version", choices=["10B", "100B"], default="10B", help="tokens in the sample")
     add("-t", "--type", choices=["classic", "edu"], default="classic", help="which FineWeb")
-    add("--shards", type=positive, help="at most so many shards to train on, of 100M tokens each")
+    add("--shards", type=between(int, 1),
+        help="at most so many shards to train on, of 100M tokens each")
     add("--tokenize", action="store_true", help="download the raw text and tokenize it here")
     add("--input", nargs="+", metavar="FILE", help="your own files or folders")
-    add("--val_share", type=share, help="share of --input held out for validation (default: a "
-        "tenth of up to 10 MB, a hundredth of more)")
+    add("--val_share", type=between(float, 0.0001, 0.9999),
+        help="share of --input held out for validation (default: a tenth of up to 10 MB, a "
+             "hundredth of more)")
     add("--out", type=Path, metavar="DIR", help="folder for shards (default: like fineweb10B)")
     args = parser.parse_args(argv)
     ready = not args.input and not args.tokenize

@@ -1696,10 +1696,9 @@ def sample(model, tokenizer, prompt=None, seed=0, max_new_tokens=200, **options)
     _, end, usual_prompt = TOKENIZERS[tokenizer]
     if prompt is None:
         prompt = usual_prompt
-    ids = encode(prompt)
-    if end is not None:
-        # In training every text begins with <|endoftext|>: so does this one.
-        ids = [end] + encode(prompt.removeprefix("<|endoftext|>"))
+    # In training every text begins with <|endoftext|>, if there is such an id: so does this one.
+    ids = [] if end is None else [end]
+    ids += encode(prompt.removeprefix("<|endoftext|>"))
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     new_ids = generate(model, ids, max_new_tokens, generator=generator, end=end, **options)
     return prompt + decode(list(new_ids))
@@ -1801,18 +1800,6 @@ ORIGINAL = dict(optimizer="adamw", schedule="cosine", warmup_iters=715, qk_norm=
 FINETUNE = dict(optimizer="adamw", learning_rate=3e-5, warmup_iters=0, total_batch_size=32768)
 
 
-def between(kind, low, high=math.inf):
-    """An argparse type: a number of this kind, int or float, from low to high."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in the range from {low} to {high}")
-        return value
-
-    parse.__name__ = kind.__name__  # what argparse calls it, if it is no number at all
-    return parse
-
-
 def make_parser():
     """All settings, as flags. Where llm.c has one, it has the same name here.
 
@@ -1825,6 +1812,7 @@ def make_parser():
     parser.error = lambda message: sys.exit(f"error: {message}; see --help")
     add = parser.add_argument
     on_off = argparse.BooleanOptionalAction  # makes --qk_norm and --no-qk_norm
+    between = fineweb.between
     count = between(int, 0)
     positive = between(int, 1)
 
