@@ -1,5 +1,5 @@
 """
-What does each part bring? Trains many small models that differ in one thing, keeps their logs, and
+What does each part bring? Trains many small models that differ in one flag, keeps their logs, and
 prints the tables of report/README.md.
 
     python report/ablation.py tiny              # 0.8M weights, the standard library as bytes
@@ -7,19 +7,17 @@ prints the tables of report/README.md.
     python report/ablation.py d12 --jobs 1      # 124M on FineWeb: for a GPU
     python report/ablation.py tiny --table      # the table again, out of the logs
 
-A group of runs shares a size: see GROUPS. What its runs differ in is in TRIALS.
+An idea of your own: give train_gpt2.py a flag for it, give TRIALS a row, and name that row in a
+group's runs. Or try it once, with --runs.
 
-Each run is train_gpt2.py in a process of its own, with the flags and patches below. --jobs of them
-are made at a time, and on a CPU they share the cores. A run whose log is there is not made again.
-
-A log goes to report/logs/GROUP/NAME.SEED/main.log, as train_gpt2.py wrote it, under a heading that
-says what made it: the command, the day, the machine and the versions.
+Each run is train_gpt2.py in a process of its own. --jobs of them are made at a time, and on a CPU
+they share the cores. A run whose log is there is not made again. A log goes to
+report/logs/GROUP/NAME.SEED/main.log, as train_gpt2.py wrote it, under the command and the machine.
 """
 
 import argparse
 import concurrent.futures
 import datetime
-import functools
 import math
 import os
 import platform
@@ -33,119 +31,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import train_gpt2  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------
-# 1. What train_gpt2.py has no flag for
-
-# Each patch is a function that changes the module train_gpt2 before it trains.
-
-def only_losses():
-    """Neither samples nor checkpoints: of these runs only the log is kept."""
-    train_gpt2.show_sample = lambda *args: None
-    # True stands for "saved"; without it train_gpt2.py would end with an error
-    train_gpt2.save_checkpoint = lambda path, state: True
-
-def rope_by_head():
-    """The course work's slip: a rotation that expects (B, T, heads, D) gets (B, heads, T, D).
-
-    So the angle grows with the number of the head, and is the same at every time.
-    """
-    apply_rope = train_gpt2.apply_rope
-
-    def by_head(x, cos, sin):
-        heads = x.size(2)
-        turned = apply_rope(x.transpose(1, 2), cos[:heads], sin[:heads])
-        return turned.transpose(1, 2)
-
-    train_gpt2.apply_rope = by_head
-
-def untied_head(factor):
-    """The head has a table of its own, and a learning rate `factor` times that of the others.
-
-    It starts at zero, as in nanochat and the speedrun. (The log's MFLOP count the table twice.)
-    """
-    init = train_gpt2.GPT.__init__
-    make_optimizers = train_gpt2.make_optimizers
-
-    def untied_init(model, config):
-        init(model, config)
-        table = model.transformer.wte.weight
-        model.lm_head.weight = nn.Parameter(torch.zeros_like(table))
-
-    def with_rate(model, *args, **options):
-        optimizers = make_optimizers(model, *args, **options)
-        adamw = optimizers[0]
-        # out of the group of both tables, into one of its own
-        group = adamw.param_groups[0]
-        head = model.lm_head.weight
-        group["params"] = [p for p in group["params"] if p is not head]
-        own = {"params": [head], "weight_decay": group["weight_decay"], "lr_scale": factor}
-        adamw.add_param_group(own)
-        return optimizers
-
-    train_gpt2.GPT.__init__ = untied_init
-    train_gpt2.make_optimizers = with_rate
-
-SwiGLU = train_gpt2.MLP  # under a name of its own, since the patches below replace it
-
-class EqualMLP(nn.Module):
-    """Two matrices that have together as many weights as SwiGLU's three."""
-
-    def __init__(self, activation, config):
-        super().__init__()
-        # on the meta device, where modules have shapes and draw no random numbers
-        with torch.device("meta"):
-            hidden = 3 * SwiGLU(config).c_up.out_features // 2
-        self.activation = activation
-        self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
-        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
-
-    def forward(self, x):
-        return self.c_proj(self.activation(self.c_fc(x)))
-
-def gelu(x):
-    return F.gelu(x, approximate="tanh")
-
-def squared_relu(x):
-    """https://arxiv.org/abs/2109.08668"""
-    return F.relu(x).square()
-
-def equal_mlp(activation):
-    train_gpt2.MLP = functools.partial(EqualMLP, activation)
-
-PATCHES = {
-    "only_losses": only_losses,
-    "rope_by_head": rope_by_head,
-    "untied_1": functools.partial(untied_head, 1),
-    "untied_2": functools.partial(untied_head, 2),
-    "gelu_equal": functools.partial(equal_mlp, gelu),
-    "relu2_equal": functools.partial(equal_mlp, squared_relu),
-}
-
-# -------------------------------------------------------------------------------------------------
-# 2. What is run
+# 1. What is run
 
 @dataclass
 class Trial:
-    """One row of a table."""
+    """One row of a table: what it says there, and in what the run differs from the default."""
 
     what: str
     flags: str = ""
-    patch: str = "only_losses"  # one of PATCHES; all have this one too
-    rate: float = 1.0  # times the group's rate for the optimizer
+    rate: float = 1.0  # times the group's learning rate
     share: float = 1.0  # of the group's steps
 
 COURSE = "--recipe original"
 GPT2 = "--arch gpt2"
 BOTH = f"{GPT2} {COURSE}"
-# A name is its log's folder. "homework" was the first version's word for the course work's recipe,
-# and {n_head} in a flag stands for the group's number of heads.
+# A name is its log's folder. "homework" was the first version's word for the course work's recipe.
 TRIALS = {
     "today": Trial("the default"),
     "adamw": Trial("AdamW instead of Muon", "--optimizer adamw"),
@@ -153,19 +57,14 @@ TRIALS = {
     "cosine": Trial("a cosine to a tenth instead of stable, then linear", "--schedule cosine"),
     "learned": Trial("learned positions instead of RoPE", "--pos learned"),
     "gelu": Trial("GELU instead of SwiGLU", "--mlp gelu"),
-    "gelu_equal": Trial("GELU with as many weights as SwiGLU", patch="gelu_equal"),
-    "relu2_equal": Trial("squared ReLU with as many weights", patch="relu2_equal"),
     "layernorm": Trial("LayerNorm instead of RMSNorm", "--norm layernorm"),
-    "all_heads": Trial("a key/value head for each query head", "--n_kv_head {n_head}"),
+    "all_heads": Trial("four key/value heads (the default on tiny: two)", "--n_kv_head 4"),
     "bias": Trial("with biases", "--bias"),
     "gpt2_today": Trial("GPT-2's architecture, today's recipe", GPT2),
     "homework": Trial("the variant, the course work's recipe (AdamW)", COURSE),
     "gpt2": Trial("GPT-2's architecture, the course work's recipe (AdamW)", BOTH),
     "homework_75": Trial("the variant with AdamW, 75 % of the tokens", COURSE, share=0.75),
     "today_35": Trial("the default, 35 % of the tokens", share=0.35),
-    "untied_1": Trial("a head of its own, with the same rate", patch="untied_1"),
-    "untied_2": Trial("a head of its own, with twice the rate", patch="untied_2"),
-    "rope_by_head": Trial("RoPE turned by head instead of by time", patch="rope_by_head"),
     "today_half": Trial("the default, half its rate", rate=0.5),
     "today_twice": Trial("the default, twice its rate", rate=2),
     "adamw_half": Trial("the variant, the course work's recipe, half its rate", COURSE, rate=0.5),
@@ -173,9 +72,14 @@ TRIALS = {
     "gpt2_half": Trial("GPT-2, the course work's recipe, half its rate", BOTH, rate=0.5),
     "gpt2_twice": Trial("GPT-2, the course work's recipe, twice its rate", BOTH, rate=2),
 }
-# Ideas that were tried and not taken. Their patches are in git commit 121cbef; here only their logs
-# are shown.
+# Runs that were made with edits of train_gpt2.py, and not with a flag. Here only their logs are
+# shown; the edits are in git, in this file at commit 1c3b36b or 121cbef.
 RETIRED = {
+    "gelu_equal": "GELU with as many weights as SwiGLU",
+    "relu2_equal": "squared ReLU with as many weights",
+    "untied_1": "a head of its own, with the same rate",
+    "untied_2": "a head of its own, with twice the rate",
+    "rope_by_head": "RoPE turned by head instead of by time",
     "whole_matrices": "Muon on merged matrices as they are",
     "matrix_per_head": "Muon on each head apart",
     "zero_projections": "output projections start at zero",
@@ -194,60 +98,52 @@ RETIRED = {
     "together": "the five that helped most, together",
 }
 ROWS = {name: trial.what for name, trial in TRIALS.items()} | RETIRED
-RATES = [name for name, trial in TRIALS.items() if trial.rate != 1]
-EQUAL_MLPS = ["gelu_equal", "relu2_equal"]
-UNTIED = ["untied_1", "untied_2"]
-SEPARATE = EQUAL_MLPS + UNTIED  # groups of their own
-MAIN_RUNS = ["today", "homework", "gpt2", "homework_75", "today_35"]
 
 @dataclass
 class Group:
-    """What all runs of one size share."""
+    """What all runs of one table share."""
 
     steps: int
     seeds: tuple
     runs: list  # names of trials
     flags: str
-    muon: float = 4e-3  # the peak rate of runs with Muon
+    muon: float = 4e-3  # the peak learning rate of runs with Muon
     adamw: float = 2e-3  # and of those with AdamW alone
     warmup: int = 20  # steps: the same for both recipes
 
+THREE = ["today", "homework", "gpt2"]
+RATES = [*THREE, *(name for name, trial in TRIALS.items() if trial.rate != 1)]
+FULL_RATE = [name for name, trial in TRIALS.items() if trial.rate == 1]
+MAIN_RUNS = [*THREE, "homework_75", "today_35"]
 TINY = "--model tiny --val_loss_every 50"
 # d12 shrunk to 17.6M weights, 12.9M of them in the table
 MEDIUM = (
     "--model d12 --n_layer 6 --n_head 4 --n_embd 256 --sequence_length 512 --batch_size 8 "
     "--total_batch_size 8192 --val_loss_every 40 --val_tokens 65536 --compile"
 )
+D12 = "--model d12 --val_loss_every 125"
 GROUPS = {
-    "tiny": Group(600, (1, 2, 3), [name for name in TRIALS if name not in SEPARATE], TINY),
-    "mlp": Group(600, (1, 2, 3), ["today", *EQUAL_MLPS], TINY),
-    "medium_rates": Group(122, (1,), ["today", "homework", "gpt2", *RATES], MEDIUM, adamw=2.4e-3),
+    "tiny": Group(600, (1, 2, 3), FULL_RATE, TINY),
+    "tiny_rates": Group(600, (1,), RATES, TINY),
     "medium": Group(366, (1,), MAIN_RUNS, MEDIUM, adamw=2.4e-3),
-    "medium_10M": Group(1220, (1,), ["gpt2", "homework", "today"], MEDIUM, adamw=2.4e-3),
-    "head": Group(366, (1,), ["today", *UNTIED], MEDIUM),
-    "d12": Group(
-        2000, (1, 2), MAIN_RUNS, "--model d12 --val_loss_every 125",
-        muon=2.4e-3, adamw=1.2e-3, warmup=100,
-    ),
+    "medium_rates": Group(122, (1,), RATES, MEDIUM, adamw=2.4e-3),
+    "d12": Group(2000, (1, 2), MAIN_RUNS, D12, muon=2.4e-3, adamw=1.2e-3, warmup=100),
 }
 
 def arguments(group, name, seed, data):
-    """The arguments with which this file, in a process of its own, makes the run."""
+    """The flags with which train_gpt2.py makes the run."""
     shared = GROUPS[group]
     trial = TRIALS[name]
-    with_muon = "adamw" not in trial.flags and COURSE not in trial.flags
-    rate = trial.rate * (shared.muon if with_muon else shared.adamw)
-    # how many heads models of this group have, by their flags or by their preset
-    args = train_gpt2.parse_args(shlex.split(shared.flags))
+    adamw = "adamw" in trial.flags or COURSE in trial.flags
+    rate = trial.rate * (shared.adamw if adamw else shared.muon)
     steps = round(trial.share * shared.steps)
     # a short run should not be all warm-up
     warmup = min(shared.warmup, steps // 10)
-    argv = ["--patched", trial.patch, *shlex.split(shared.flags)]
-    argv += shlex.split(trial.flags.format(n_head=args.n_head))
-    argv += [f"--learning_rate={rate:g}", f"--warmup_iters={warmup}", f"--num_iterations={steps}"]
+    flags = [*shlex.split(shared.flags), *shlex.split(trial.flags)]
+    flags += [f"--learning_rate={rate:g}", f"--warmup_iters={warmup}", f"--num_iterations={steps}"]
     if data:
-        argv.append(f"--input_bin={data}")
-    return [*argv, f"--seed={seed}"]
+        flags.append(f"--input_bin={data}")
+    return [*flags, f"--seed={seed}"]
 
 def machine():
     """What the run was made on, in a few words."""
@@ -266,21 +162,20 @@ def make(logs, group, name, seed, data, threads):
     out = logs / group / f"{name}.{seed}" / "main.log"
     if out.exists():
         return
-    # this file again: main() knows the process that makes one run by its --patched
-    argv = ["report/ablation.py", *arguments(group, name, seed, data)]
+    argv = ["train_gpt2.py", *arguments(group, name, seed, data)]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / argv[0], *argv[1:], f"--output_dir={folder}/run"]
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
         if done.returncode:
-            reason = done.stderr.strip().removeprefix("error: ")
-            sys.exit(f"error: {name}.{seed}: {reason}")
+            sys.exit(f"error: {name}.{seed}: {done.stderr.strip()}")
         log = Path(folder, "run", "main.log").read_text("utf-8")
-    flops = re.search(r"[\d.,]+ MFLOP a token", done.stdout)[0]
     heading = (
         f"# python {shlex.join(argv)}\n# {datetime.date.today()}, {machine()}, {threads} threads, "
-        f"python {platform.python_version()}, torch {torch.__version__}, {flops}\n"
+        f"python {platform.python_version()}, torch {torch.__version__}\n"
     )
+    # the log's own first line is the same command, with a folder that is gone
+    log = log.split("\n", 1)[1]
     out.parent.mkdir(parents=True, exist_ok=True)
     # written under another name first, so that a log that is there is a whole one
     tmp = out.with_suffix(".tmp")
@@ -289,7 +184,7 @@ def make(logs, group, name, seed, data, threads):
     print(out.parent.name, log.splitlines()[-1], flush=True)
 
 # -------------------------------------------------------------------------------------------------
-# 3. The tables
+# 2. The tables
 
 def curves(logs, group, name):
     """{seed: [(step, validation loss), ...]} of the runs that there are."""
@@ -375,11 +270,6 @@ def table(logs, group):
 # -------------------------------------------------------------------------------------------------
 
 def main(argv):
-    if argv[:1] == ["--patched"]:
-        # make() starts this file again for each run: this process trains one, and ends
-        only_losses()
-        PATCHES[argv[1]]()
-        return train_gpt2.main(argv[2:])
     show_as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=show_as_written)
     add = parser.add_argument
@@ -393,8 +283,8 @@ def main(argv):
     add("--logs", type=Path, default=ROOT / "report" / "logs", help="where logs are kept")
     add("--table", action="store_true", help="train nothing, print the table")
     args = parser.parse_args(argv)
-    group = GROUPS[args.group]
     if not args.table:
+        group = GROUPS[args.group]
         threads = max(1, os.cpu_count() // args.jobs)
         # these threads only wait: the work is done in the processes that make() starts
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
