@@ -567,6 +567,15 @@ def test_resume_takes_its_flags_from_the_run(small, capsys):
     assert commands[1] == ("6", shlex.join(["python", "train_gpt2.py", *again]))
 
 
+def test_resuming_with_other_data_says_so(small, capsys):
+    """Another number of sequences, as of somebody who has fetched more, is another order."""
+    more = ["--resume", "--output_dir=log", "--num_iterations"]
+    main(small)
+    assert main([*more, "8"]) == 0 and "NOTE" not in capsys.readouterr().out
+    os.remove("sums_train_000002.bin")
+    assert main([*more, "10"]) == 0 and "read twice" in capsys.readouterr().out
+
+
 def test_best_and_last(small, monkeypatch):
     """best.pt has the weights of the lowest validation loss alone, last.pt all that a run needs."""
     # the rate becomes far too high, so the loss rises again

@@ -851,7 +851,7 @@ def train(args, signals=()):
                                  dtype)
     first_step, val_loss, best_val_loss = 0, math.inf, math.inf
     if args.resume:
-        first_step, val_loss, best_val_loss = load_run(args, model, optimizers)
+        first_step, val_loss, best_val_loss = load_run(args, model, optimizers, train_data)
     require_same_step(first_step, device)
 
     # ---- A step in pieces. Its batch, half a million tokens for d12, does not fit a GPU at once.
@@ -908,9 +908,10 @@ def train(args, signals=()):
                  "tokenizer": tokenizer, "val_loss": val_loss}
         if name == "last.pt":
             # What a resumed run needs besides. (Which data comes next needs no entry: it follows
-            # from the seed and the step.)
+            # from the seed and the step, as long as there are as many sequences.)
             state["optimizer"] = [optimizer.state_dict() for optimizer in optimizers]
-            state |= {"best_val_loss": best_val_loss, "args": vars(args)}
+            state |= {"best_val_loss": best_val_loss, "args": vars(args),
+                      "sequences": train_data.total}
         return save_checkpoint(folder / name, state)
 
     saved = True
@@ -1441,13 +1442,17 @@ def read_checkpoint(path):
                  f"take a best.pt or last.pt, as a run writes them")
 
 
-def load_run(args, model, optimizers):
+def load_run(args, model, optimizers, train_data):
     """Puts last.pt into them. Returns its step, and its last and its lowest validation loss."""
     last = Path(args.output_dir, "last.pt")
     checkpoint = read_checkpoint(last)
     if checkpoint["step"] > args.num_iterations:
         sys.exit(f"error: {last} has {checkpoint['step']} steps behind it: a larger "
                  f"--num_iterations than {args.num_iterations}")
+    # (a checkpoint of before this was stored has no such entry)
+    if checkpoint.get("sequences", train_data.total) != train_data.total:
+        print0("NOTE: there is more or less training data than before, and so its order is another "
+               "one: some of it will be read twice, and some not at all")
     require_same_config(GPTConfig(**checkpoint["config"]), model.config)
     model.load_state_dict(checkpoint["model"])
     for optimizer, stored in zip(optimizers, checkpoint["optimizer"], strict=True):
