@@ -485,14 +485,14 @@ def say_what_next(folder, prefix):
         tokens[split] = (sum(sizes) - 4 * HEADER_INTS * len(sizes)) // 2
     print(f"{folder}: {tokens['train']:,} tokens to train on, {tokens['val']:,} held out")
 
-    # A text may be read 4 times: until then it is worth nearly as much as new text, and afterwards
-    # little (https://arxiv.org/abs/2305.16264). A model wants about 20 tokens for each parameter
-    # (https://arxiv.org/abs/2203.15556): d24, with 330M, wants 7 billion, and d12, with 116.5M, 2.3
-    # billion. The only smaller model, tiny, has 7M with GPT-2's vocabulary, and is soon too small.
-    # So d12 gets whatever is over a sixth of what it wants.
-    tokens_to_read = 4 * tokens["train"]
+    # Your own text may be read 4 times: until then it is worth nearly as much as new text, and
+    # afterwards little (https://arxiv.org/abs/2305.16264). Of FineWeb there is always more.
+    tokens_to_read = tokens["train"] * (4 if prefix == "text" else 1)
+    # A model wants about 20 tokens for each parameter (https://arxiv.org/abs/2203.15556): d24, with
+    # 330M, wants 7 billion, and d12, with 116.5M, 2.3 billion. The only smaller model, tiny, has 7M
+    # with GPT-2's vocabulary, and is soon too small. So d12 gets all from 100M tokens on.
     model, step = "tiny", 2048  # tokens a step
-    if tokens_to_read >= 0.4e9:
+    if tokens["train"] >= 0.1e9:
         model, step = "d12", 524_288
     if tokens_to_read >= 7e9:
         model = "d24"

@@ -1282,6 +1282,21 @@ def downloaded(hub, folder="fineweb10B", prefix="fineweb_"):
                      if name.split("/")[-1].startswith(prefix)}
 
 
+@pytest.mark.parametrize("prefix, tokens, wanted", [
+    ("fineweb", 9.9e9, ("d24", 524288, 18882)), ("fineweb", 2.5e9, ("d12", 524288, 4768)),
+    ("fineweb", 1e8, ("d12", 262144, 381)), ("text", 2.5e9, ("d24", 524288, 19073)),
+    ("text", 1e8, ("d12", 524288, 762)), ("text", 9e7, ("tiny", 2048, 19073)),
+])
+def test_the_next_command_fits_the_text(prefix, tokens, wanted, capsys):
+    """Your own text is read up to 4 times, FineWeb once: for that there is more of it."""
+    shard = types.SimpleNamespace(
+        stat=lambda: types.SimpleNamespace(st_size=4 * fineweb.HEADER_INTS + 2 * int(tokens)))
+    fineweb.say_what_next(types.SimpleNamespace(glob=lambda pattern: [shard]), prefix)
+    command = re.search(r"train_gpt2.py (.*)$", capsys.readouterr().out, re.M)[1]
+    args = train_gpt2.parse_args(shlex.split(command))
+    assert (args.model, args.total_batch_size, args.num_iterations) == wanted
+
+
 def test_downloaded_shards(hub, monkeypatch):
     """As many as asked for, where train_gpt2.py looks; none twice; -t edu has another name."""
     assert run_fineweb("--shards=1")[0] == 0 and len(list(Path("fineweb10B").glob("*.bin"))) == 2
