@@ -459,13 +459,14 @@ def test_muon_is_pytorchs(monkeypatch):
 @pytest.mark.parametrize("grad_clip", [1.0, 0])
 def test_train_is_its_plain_form(grad_clip, small):
     """The dozen lines at the head of section 5, run as they stand, have the losses of train()."""
-    main([*small, "--learning_rate=4e-3", "--warmup_iters=0", f"--grad_clip={grad_clip}"])
+    main([*small, "--learning_rate=4e-3", "--warmup_iters=2", f"--grad_clip={grad_clip}"])
     text = SCRIPT.read_text("utf-8").split("\n# 5. Training")[1].split("# You could train")[0]
     code = "\n".join(re.findall("^#     (.*)", text, re.M))
     code = code.replace("loss.backward()", "losses.append(loss.item()); loss.backward()")
     code = code.replace("model.parameters(), 1.0", f"model.parameters(), {grad_clip or math.inf}")
     names = vars(train_gpt2) | dict(
-        losses=[], num_iterations=6, learning_rate=4e-3, B=16, device=CPU, inf=math.inf,
+        losses=[], num_iterations=6, learning_rate=4e-3, warmup_iters=2, B=16, device=CPU,
+        inf=math.inf,
         train_data=TokenLoader("sums_train_*.bin", 32, seed=1337), config=tiny_model(
             vocab_size=257).config)
     torch.manual_seed(1337)

@@ -35,6 +35,7 @@ Letters and words in comments:
 Launch it:
     python train_gpt2.py                       tiny learns to write Python from the source of its
                                                library: one to three minutes, to a loss of 1.16
+                                               a byte
     python fineweb.py                          downloads FineWeb, 10 billion tokens of web pages
     python train_gpt2.py --model d12           d12 learns from them, on one GPU: 8 hours on an H100,
                                                by the published speeds of similar code
@@ -84,7 +85,8 @@ import hellaswag
 # -------------------------------------------------------------------------------------------------
 # 1. The model
 
-# Three parts of the model come in two kinds each: first the variant's, then GPT-2's.
+# Three of the six come in two kinds: first the variant's, then GPT-2's. (The others are n_kv_head,
+# bias and qk_norm, in GPTConfig.)
 SWITCHES = {"norm": ("rmsnorm", "layernorm"), "mlp": ("swiglu", "gelu"), "pos": ("rope", "learned")}
 
 
@@ -115,9 +117,9 @@ class GPTConfig:
 class RMSNorm(nn.Module):
     """Divides each vector by its root mean square, and scales each channel by a gain it learns.
 
-    x (..., dim) -> the same shape and dtype (https://arxiv.org/abs/1910.07467). Every block adds
-    its result to the vectors, so their numbers grow from block to block. Each part of the model
-    therefore reads a copy in which they have the size 1 again.
+    x (..., dim) -> the same shape and dtype (https://arxiv.org/abs/1910.07467). Every block of
+    the model, as you will see, adds its result to the vectors, so their numbers grow from block to
+    block. Each part therefore reads a copy in which they have the size 1 again.
     GPT-2's LayerNorm also subtracts the mean and adds a bias. That turned out not to be needed.
     """
 
@@ -208,10 +210,10 @@ def causal_attention(q, k, v):
 
     Why divide by sqrt(D)? A dot product adds up D products. If the numbers are random, of standard
     deviation 1, their sum has the standard deviation sqrt(D), and the largest score of a row would
-    take nearly all of the softmax. Then learning is slow: the derivative of a probability p by its
-    own score is p (1 - p), and by the score of a position with probability p' it is -p p'. All of
-    these are near 0 if one p is near 1 and the others near 0. (Queries and keys that begin much
-    smaller do not need the division: experiment 2 of the lab, report/lab.md.)
+    take nearly all of the softmax. Then learning is slow: the derivatives of a softmax are p (1 -
+    p) and -p p', where p and p' are two of its probabilities, and all of these are near 0 if one p
+    is near 1 and the others near 0. (Queries and keys that begin much smaller do not need the
+    division: experiment 2 of the lab, report/lab.md.)
     """
     # Flash attention (https://arxiv.org/abs/2205.14135) gives the same numbers, computed tile by
     # tile in the small fast memory of the chip, so that no (T, T) matrix is ever stored.
@@ -378,8 +380,7 @@ class GPT(nn.Module):
         # The same table scores the ids at the end: an id's score is the dot product of the final
         # vector with the id's row. Ids that are used alike get similar rows, which serves both ends
         # (https://arxiv.org/abs/1608.05859). With two tables d12 would have 155M weights, a third
-        # more. To have two, leave this line out (and wte out of flops_per_token(), because looking
-        # up a row costs nothing).
+        # more. To have two, leave this line out.
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
@@ -395,7 +396,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
             elif name.endswith(("c_proj.weight", "c_down.weight")):
                 # These 2 * n_layer matrices write into the residual stream. A sum of n random
-                # vectors grows like sqrt(n), so each is made smaller by sqrt(2 * n_layer).
+                # vectors grows like sqrt(n), so each is divided by sqrt(2 * n_layer).
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -430,7 +431,8 @@ class GPT(nn.Module):
         """
         x = self.features(idx)
         if targets is not None:
-            # (B, T, C) -> (N, C) and (B, T) -> (N,). vocab_size says which ids are only padding.
+            # What it computes is section 2. (B, T, C) -> (N, C) and (B, T) -> (N,). vocab_size says
+            # which ids are only padding.
             return head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
                              self.config.vocab_size)
         logits = self.lm_head(x).float()
@@ -460,12 +462,12 @@ class GPT(nn.Module):
 # That is the signal which all of training comes from: lower every id's score by the probability
 # that it was given, and raise the right one's by 1.
 #
-# Why not call F.cross_entropy, then? The logits of 64 sequences of 1024 tokens take
-# 64 * 1024 * 50,304 * 4 bytes = 13 GB in fp32, and more than one copy of them would be kept until
-# the backward pass. But the gradient of a token's logits, by the line above, needs no other token.
-# So head_loss(), in part II, takes the tokens slice by slice: it computes a slice's logits, their
-# loss and at once their gradient too, keeps what that means for x and W, and forgets the logits.
-# backward() then finds it ready. The numbers are the same.
+# Why not call F.cross_entropy, then? The logits of 64 sequences of 1024 tokens, what a large GPU
+# takes at a time, are 64 * 1024 * 50,304 * 4 bytes = 13 GB in fp32, and more than one copy of them
+# would be kept until the backward pass. But the gradient of a token's logits, by the line above,
+# needs no other token. So head_loss(), in part II, takes the tokens slice by slice: it computes a
+# slice's logits, their loss and at once their gradient too, keeps what that means for x and W, and
+# forgets the logits. backward() then finds it ready. The numbers are the same.
 
 # -------------------------------------------------------------------------------------------------
 # 3. The data
@@ -517,7 +519,7 @@ class TokenLoader:
         self.seed = seed
         # their paths, how many tokens each has, and how many different ids there are in all
         self.paths, lengths, self.vocab_size = fineweb.find_shards(pattern)
-        # files that were used last stay open, but not all: a system allows about 1000
+        # the four files that were used last stay open; a system allows about 1000 in all
         self.read_shard = functools.lru_cache(maxsize=4)(fineweb.read_shard)
         # rows in each shard, and sequences in an epoch
         self.counts = [max(0, n - 1) // T for n in lengths]
@@ -561,9 +563,9 @@ def evaluate(model, data, num_sequences, batch_size=16, autocast=contextlib.null
     """
     device = next(model.parameters()).device
     loss_sum = 0.0
-    # With several GPUs each has a process of its own, and they take turns by batch. Each sequence
-    # counts once. So the mean is the same for any number of processes and any batch size, and runs
-    # can be compared.
+    # With several GPUs each has a process of its own, number `rank` of world_size, and they take
+    # turns by batch. Each sequence counts once. So the mean is the same for any number of processes
+    # and any batch size, and runs can be compared.
     rank, world_size = this_process()
     for first in range(rank * batch_size, num_sequences, world_size * batch_size):
         count = min(batch_size, num_sequences - first)
@@ -591,8 +593,9 @@ def evaluate(model, data, num_sequences, batch_size=16, autocast=contextlib.null
 #     m              smooths the direction over about 10 steps.
 #     sqrt(v)        makes the size of the gradients irrelevant. A weight whose gradients agree
 #                    moves by about lr in a step. One whose gradients are now positive and now
-#                    negative, at random, moves by about 0.2 lr, as they nearly cancel in m: the
-#                    average has sqrt(0.1 / 1.9) = 0.23 of their standard deviation.
+#                    negative, at random, moves by about 0.2 lr, as they nearly cancel in m. (There
+#                    a gradient counts 0.1, the one before it 0.09, then 0.081 and so on. If they
+#                    are random, sqrt(0.1^2 + 0.09^2 + ...) = 0.23 of their size is left.)
 #     1 - 0.9^n      is the share of a full average that m has, since it began at 0. So for v.
 #     eps            avoids a division by 0.
 #     weight_decay   pulls weights a little towards 0, so that those which the data does not need
@@ -601,14 +604,15 @@ def evaluate(model, data, num_sequences, batch_size=16, autocast=contextlib.null
 # Muon (https://kellerjordan.github.io/posts/muon) is the newer optimizer, for the matrices of the
 # blocks. Where Adam evens out the sizes of single numbers, Muon looks at the matrix as a whole.
 # What a matrix does to a vector is a rotation, a stretch along each axis, and another rotation. If
-# the matrix is a gradient, a few of its stretches are large and most are tiny. So a plain step
-# changes in a few ways what the weights do, and in most ways hardly at all. But what is rare in the
-# text gives small gradients, and the same ones again and again, so there is much to learn in the
-# small stretches, too. Muon keeps the rotations and sets all stretches to 1, by orthogonalize(). In
-# plain form, with g and w matrices:
+# the matrix is a gradient, a few of its stretches are large and most are small. Say one is 10 and
+# another one 0.1: then a plain step changes what the weights do along the first axis a hundred
+# times as much as along the second. But a small stretch need not be unimportant. It may belong to
+# something that is in few of the batch's texts, and has to be learned, too. Muon keeps the
+# rotations and sets all stretches to 1, by orthogonalize(): along every axis the weights now change
+# alike. In plain form, with g and w matrices:
 #
 #     m = 0.95 m + 0.05 g
-#     u = orthogonalize(0.95 m + 0.05 g)      # of m as it would be after one more such g
+#     u = orthogonalize(0.95 m + 0.05 g)      # of what one more such g would make of m
 #     w -= lr * (0.2 sqrt(max(rows, cols)) * u + weight_decay * w)
 #
 # To look one gradient ahead is Nesterov's idea. And 0.2 sqrt(max(rows, cols)) gives the numbers in
@@ -618,9 +622,9 @@ def evaluate(model, data, num_sequences, batch_size=16, autocast=contextlib.null
 def orthogonalize(matrices):
     """Makes all stretches of matrices (n, rows, cols) about 1. The same shape and dtype.
 
-    Write a matrix as X = U S V: U and V are rotations, and S has the stretches s (the singular
-    values) on its diagonal. To compute these would take far too long. But X can be multiplied with
-    itself. A rotation times its transpose is the identity, so
+    Write a matrix as X = U S V: U and V are rotations (or a part of one, if X is not square), and S
+    has the stretches s (the singular values) on its diagonal. To compute these would take far too
+    long. But X can be multiplied with itself. A rotation times its transpose is the identity, so
 
         X X^T X = U S V V^T S U^T U S V = U S^3 V
 
@@ -714,9 +718,8 @@ def make_optimizers(model, optimizer="muon", learning_rate=4e-3, weight_decay=0.
     groups = [
         # the tables, and without Muon also the matrices
         {"params": decayed, "weight_decay": weight_decay},
-        # No decay for biases and gains. Decay is for weights that multiply: large ones make the
-        # model oversensitive. A bias is only added, and a gain belongs near 1: at 0 its channel is
-        # off.
+        # No decay for biases and gains: a bias is only added, and a gain belongs near 1, since at 0
+        # its channel is off.
         {"params": vectors, "weight_decay": 0.0},
     ]
     # 0.9 and 0.95 are GPT-3's (https://arxiv.org/abs/2005.14165). With PyTorch's usual 0.999, v
@@ -777,12 +780,12 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
 #     optimizers = make_optimizers(model)
 #     for step in range(num_iterations):
 #         x, y = train_data.batch(step * B, B, device)    # a text, and the same shifted by one
-#         loss = model(x, y)                              # how badly does it foretell y?
+#         loss = model(x, y)                              # how badly does it predict y?
 #         loss.backward()                                 # the gradient of every weight
 #         nn.utils.clip_grad_norm_(model.parameters(), 1.0)           # not too long a gradient
 #         for optimizer in optimizers:
 #             for group in optimizer.param_groups:
-#                 group["lr"] = get_lr(step, num_iterations, learning_rate)
+#                 group["lr"] = get_lr(step, num_iterations, learning_rate, warmup_iters)
 #             optimizer.step()                            # each weight moves a little
 #             optimizer.zero_grad()                       # forget the gradient
 #
@@ -800,16 +803,16 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
 #
 #     bf16     the products of matrices, which take most of the time (inside, they add up in fp32),
 #              and the residual stream
-#     fp32     what adds up many numbers in another way: the norms, every softmax, the loss. RoPE.
-#              And the weights, and the sum of their gradients over a step.
+#     fp32     what adds up many numbers in another way, the norms, every softmax and the loss;
+#              RoPE; the weights, and the sum of their gradients over a step
 #
 # PyTorch's autocast sees to that: where a product meets fp32 weights, it takes copies in bf16. (Our
 # own functions, RMSNorm and apply_rope(), do it themselves.)
 #
 # Why not keep the weights in bf16? They have a size of 0.02, and a step changes them by about
 # 0.2 lr. At d12's highest rate, 2.4e-3, that is 0.0005, or 2.4 % of a weight. A thousand steps
-# before the end it is 0.2 %. Since the next number in bf16 is up to 0.8 % further, most of that
-# would be rounded away.
+# before the end it is 0.2 %. The next number in bf16 is 0.4 to 0.8 % further: the large steps would
+# be rounded coarsely, and the small ones mostly away.
 
 def train(args, signals=()):
     """One run, from the first line on the screen to the last. Returns whether it was stopped early.
@@ -822,7 +825,7 @@ def train(args, signals=()):
     # ---- The machine. torchrun starts one process for each GPU, all with this same file. Each is
     # told its rank, its number among world_size processes. Without torchrun there is one, number 0.
     rank, world_size, device = start_processes(args.device)
-    # dtype is "bfloat16" or "float32". What stands under `with autocast():` is computed in it.
+    # dtype is "bfloat16" or "float32". Under `with autocast():` products are computed in it.
     dtype, autocast = pick_autocast(args.dtype, device)
 
     # ---- The data: a loader of text to learn from, and one of text to validate on.
@@ -835,15 +838,15 @@ def train(args, signals=()):
     # ---- The model. Every process draws the same random numbers, and so has the same weights.
     config = make_config(args, train_data.vocab_size)
     torch.manual_seed(args.seed)
-    # made where it will live, because a CPU is slow at a billion random numbers
+    # `with device:` makes it where it will live: a CPU is slow at a billion random numbers
     with device:
         model = GPT(config)
     # or OpenAI's weights instead of random ones
     if args.init_from and not args.resume:
         model = from_openai(args.init_from, T).to(device)
         require_same_config(model.config, config)
-    # The one that is validated, writes samples and goes into best.pt: here the same. (Another one,
-    # such as an average of the weights, has to be saved and loaded beside model, too.)
+    # The one that is looked at: it is validated, writes the samples and goes into best.pt. Here it
+    # is the one that learns. (An average of the weights would be another.)
     eval_model = model
 
     # ---- The optimizers, and where the run stands. A resumed run takes all of it from last.pt.
@@ -858,7 +861,8 @@ def train(args, signals=()):
     # So it is cut into micro-batches of batch_size sequences, and a GPU takes one after the other.
     # With 80 GB it takes 64 of d12's 512 sequences at a time, in 8 micro-batches. With 16 GB it
     # could take 64 * 16 / 80 = 12.8. It takes 8, the next lower number that divides 512, in 64
-    # micro-batches; two such GPUs share these, 32 each. That is grad_accum_steps.
+    # micro-batches; two such GPUs share these, 32 each. How many micro-batches a GPU takes in a
+    # step, here 8, 64 and 32, is called grad_accum_steps.
     compiled = can_compile(args.compile, device)
     batch_size = pick_batch_size(args, device, dtype, compiled, world_size)
     grad_accum_steps = args.total_batch_size // (batch_size * T * world_size)
@@ -888,6 +892,7 @@ def train(args, signals=()):
     def micro_batch(step, micro_step):
         """x and y, (batch_size, T) each: this process's part of a micro-batch."""
         if args.overfit_single_batch:
+            # a test for a new model: can it learn one batch by heart?
             step = 0
         # Micro-batches are numbered through the whole run, and the processes take turns. Those of
         # two processes, if each takes three in a step:
@@ -935,7 +940,8 @@ def train(args, signals=()):
             # a nan ends the run here, before it is saved over the last good weights
             require_finite(f"validation loss of step {step}", val_loss, folder)
             # Save, so that a crash costs little: best.pt, the weights with the lowest validation
-            # loss, and last.pt, to go on from. (At the start there is nothing to save yet.)
+            # loss, and last.pt, to go on from. (At step 0 there is nothing to save yet, and where a
+            # run has just gone on, last.pt is there.)
             if step > 0 and val_loss < best_val_loss:
                 if save("best.pt", eval_model, step):
                     best_val_loss = val_loss
@@ -1002,7 +1008,7 @@ def train(args, signals=()):
         loss_of_all, num_signals = all_sum([loss_here, len(signals)], device)
         train_loss = loss_of_all / world_size
         seconds.append(time.time() - t0)
-        # a nan in the weights is there to stay, but nothing has been saved of it
+        # A nan in the weights would stay there for ever: end the run. Nothing of it is saved yet.
         require_finite(f"loss of step {step}", train_loss, folder)
         require_finite(f"gradient norm of step {step}", norm.item(), folder)
 
@@ -1285,10 +1291,11 @@ def flops_per_token(model):
 
     Forward, each weight takes a multiplication and an addition. Backward, it takes as many for the
     gradient of the weight, and again for that of its input: 6 in all. (The tied table works as
-    lm_head.) In each layer q k^T and the mean of values take 4 C T more forward, 12 C T in all
-    (PaLM, https://arxiv.org/abs/2204.02311, appendix B, which counts the hidden future as well).
-    For d12 that is 6 * 116.5M + 12 * 12 * 768 * 1024 = 812 million, and 4.26e14 for a step of half
-    a million tokens. At 40 % of an H100's peak, 989e12 a second, such a step takes 1.08 seconds.
+    lm_head. A second one would have to be left out: looking up a row costs nothing.) In each layer
+    q k^T and the mean of values take 4 C T more forward, 12 C T in all (PaLM,
+    https://arxiv.org/abs/2204.02311, appendix B, which counts the hidden future as well). For d12
+    that is 6 * 116.5M + 12 * 12 * 768 * 1024 = 812 million, and 4.26e14 for a step of half a
+    million tokens. At 40 % of an H100's peak, 989e12 a second, such a step takes 1.08 seconds.
     """
     c = model.config
     num_weights = sum(p.numel() for name, p in model.named_parameters() if "wpe" not in name)
