@@ -210,9 +210,9 @@ def causal_attention(q, k, v):
 
     Why divide by sqrt(D)? A dot product adds up D products. If the numbers are random, of standard
     deviation 1, their sum has the standard deviation sqrt(D), and the largest score of a row would
-    take nearly all of the softmax. Then learning is slow: the derivatives of a softmax are p (1 -
-    p) and -p p', where p and p' are two of its probabilities, and all of these are near 0 if one p
-    is near 1 and the others near 0. (Queries and keys that begin much smaller do not need the
+    take nearly all of the softmax. Then learning is slow: a softmax has the derivatives p (1 - p)
+    and -p p', where p and p' are two of its probabilities, and all of these are near 0 if one p is
+    near 1 and the others near 0. (Queries and keys that begin much smaller do not need the
     division: experiment 2 of the lab, report/lab.md.)
     """
     # Flash attention (https://arxiv.org/abs/2205.14135) gives the same numbers, computed tile by
