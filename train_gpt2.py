@@ -1852,8 +1852,8 @@ def make_parser():
     # tokens cost ever more and improve it less and less (https://arxiv.org/abs/1812.06162). GPT-3's
     # model of 125M took half a million, and so do most since: here 512 sequences of 1024. If you
     # change it: with Adam the best rate is known to grow with the root of it
-    # (https://arxiv.org/abs/2205.10287); it was not tried here. --num_iterations, --warmup_iters
-    # and --val_loss_every count steps, and not tokens.
+    # (https://arxiv.org/abs/2205.10287), and so it did with tiny (experiment 12 of the lab).
+    # --num_iterations, --warmup_iters and --val_loss_every count steps, and not tokens.
     add("--total_batch_size", type=positive, default=524288, help="tokens in a step [%(default)s]")
     # How many of them does the GPU process at a time? That changes the speed and not the result,
     # because their gradients are added up.
