@@ -1,6 +1,6 @@
 """
 What does each part bring? Trains many small models that differ in one flag, keeps their logs, and
-prints the tables of report/README.md.
+prints the tables of the report.
 
     python report/ablation.py tiny              # 0.8M weights, the standard library as bytes
     python report/ablation.py medium --data 'web/text_train_*.bin'    # 17.6M, GPT-2's tokens
