@@ -85,8 +85,8 @@ import hellaswag
 # -------------------------------------------------------------------------------------------------
 # 1. The model
 
-# Three of the six come in two kinds: first the variant's, then GPT-2's. (The others are n_kv_head,
-# bias and qk_norm, in GPTConfig.)
+# Three of the six changes come in two kinds: first the variant's, then GPT-2's. (The others are
+# n_kv_head, bias and qk_norm, in GPTConfig.)
 SWITCHES = {"norm": ("rmsnorm", "layernorm"), "mlp": ("swiglu", "gelu"), "pos": ("rope", "learned")}
 
 
@@ -155,9 +155,10 @@ def make_norm(config):
 # queries and keys in pairs, as points in the plane, and rotate each pair by an angle that grows
 # with time.
 #
-# Why rotate? Let R(a) be the rotation by an angle a. In a dot product, to rotate one vector is to
-# rotate the other one back. So a query rotated by a, and a key rotated by b, have the product
-#     R(a) q · R(b) k = q · R(-a) R(b) k = q · R(b - a) k
+# Why rotate? Let R(a) be the rotation by an angle a. A dot product stays the same if both vectors
+# are rotated by the same angle. Take a query rotated by a and a key rotated by b, and rotate both
+# back by a:
+#     R(a) q · R(b) k = q · R(b - a) k
 # The angle of a pair is the time multiplied by the pair's own speed, so b - a depends on the
 # distance alone: "three tokens ago" looks the same everywhere in the text. (Distances longer than
 # any in training are new to the model all the same: do not expect it to read further.)
@@ -417,7 +418,7 @@ class GPT(nn.Module):
         x = x.to(compute_dtype(x))
         for block in self.transformer.h:
             x = block(x, rope)
-        # PyTorch's own LayerNorm then returns fp32: go back to what x is
+        # under autocast PyTorch's own LayerNorm returns fp32: go back to what x is
         return self.transformer.ln_f(x).to(x.dtype)
 
     def forward(self, idx, targets=None):
@@ -466,7 +467,7 @@ class GPT(nn.Module):
 # takes at a time, are 64 * 1024 * 50,304 * 4 bytes = 13 GB in fp32, and more than one copy of them
 # would be kept until the backward pass. But the gradient of a token's logits, by the line above,
 # needs no other token. So head_loss(), in part II, takes the tokens slice by slice: it computes a
-# slice's logits, their loss and at once their gradient too, keeps what that means for x and W, and
+# slice's logits, their loss and at once their gradient too, keeps the gradients of x and W, and
 # forgets the logits. backward() then finds it ready. The numbers are the same.
 
 # -------------------------------------------------------------------------------------------------
@@ -573,8 +574,8 @@ def evaluate(model, data, num_sequences, batch_size=16, autocast=contextlib.null
         with autocast():
             loss = model(x, y)
         loss_sum += loss.item() * count
-    # a list of numbers, each added up over all processes
-    total, = all_sum([loss_sum], device)
+    # all_sum() adds up a list of numbers, each over all processes
+    [total] = all_sum([loss_sum], device)
     return total / num_sequences
 
 
@@ -596,7 +597,8 @@ def evaluate(model, data, num_sequences, batch_size=16, autocast=contextlib.null
 #                    negative, at random, moves by about 0.2 lr, as they nearly cancel in m. (There
 #                    a gradient counts 0.1, the one before it 0.09, then 0.081 and so on. If they
 #                    are random, sqrt(0.1^2 + 0.09^2 + ...) = 0.23 of their size is left.)
-#     1 - 0.9^n      is the share of a full average that m has, since it began at 0. So for v.
+#     1 - 0.9^n      m begins at 0, and so at first it is too small. To divide by this, which is 0.1
+#                    after the first step and soon nearly 1, makes up for it. So for v.
 #     eps            avoids a division by 0.
 #     weight_decay   pulls weights a little towards 0, so that those which the data does not need
 #                    fade.
@@ -609,10 +611,11 @@ def evaluate(model, data, num_sequences, batch_size=16, autocast=contextlib.null
 # times as much as along the second. But a small stretch need not be unimportant. It may belong to
 # something that is in few of the batch's texts, and has to be learned, too. Muon keeps the
 # rotations and sets all stretches to 1, by orthogonalize(): along every axis the weights now change
-# alike. In plain form, with g and w matrices:
+# alike. (A matrix with 10 and 0.1 on its diagonal becomes one with 1 and 1.) In plain form, with g
+# and w matrices:
 #
 #     m = 0.95 m + 0.05 g
-#     u = orthogonalize(0.95 m + 0.05 g)      # of what one more such g would make of m
+#     u = orthogonalize(0.95 m + 0.05 g)      # m, if the same g came once more
 #     w -= lr * (0.2 sqrt(max(rows, cols)) * u + weight_decay * w)
 #
 # To look one gradient ahead is Nesterov's idea. And 0.2 sqrt(max(rows, cols)) gives the numbers in
@@ -703,7 +706,7 @@ def make_optimizers(model, optimizer="muon", learning_rate=4e-3, weight_decay=0.
     has the matrices of the blocks. dtype: the precision of Muon's products.
 
     In memory a weight takes 4 bytes, its gradient 4, and AdamW's two averages 8 or Muon's one 4.
-    For d24, with 330M weights, these are 4.2 GB.
+    For d24, with 330M weights, these are 4.2 GB. (4e-3 is tiny's rate.)
     """
     matrices = []
     decayed = []
@@ -750,8 +753,9 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
     means warm up, stable, decay (https://arxiv.org/abs/2404.06395). The fall takes the last 70 % of
     all steps, as in https://github.com/KellerJordan/modded-nanogpt, the speedrun.
 
-    d12 reads ten billion tokens in 19,073 steps of 524,288. Its rates at some of them, first with
-    250 steps of warm-up to 2.4e-3, then as this variant was first trained, with 715 to 1.2e-3:
+    d12 reads ten billion tokens in 19,073 steps of 524,288. Its rates at some of them, by today's
+    recipe, with 250 steps of warm-up to 2.4e-3, and by that with which this variant was first
+    trained, with 715 to 1.2e-3 (the flag --recipe chooses):
 
         step                             0         125       10,000    19,072
         --recipe today      (wsd)        2.4e-4    1.3e-3    1.6e-3    1.8e-7
@@ -846,7 +850,8 @@ def train(args, signals=()):
         model = from_openai(args.init_from, T).to(device)
         require_same_config(model.config, config)
     # The one that is looked at: it is validated, writes the samples and goes into best.pt. Here it
-    # is the one that learns. (An average of the weights would be another.)
+    # is the one that learns. (It would be their average, in a run that averages
+    # its weights.)
     eval_model = model
 
     # ---- The optimizers, and where the run stands. A resumed run takes all of it from last.pt.
@@ -890,7 +895,7 @@ def train(args, signals=()):
                  device, dtype, compiled, folder, first_step)
 
     def micro_batch(step, micro_step):
-        """x and y, (batch_size, T) each: this process's part of a micro-batch."""
+        """x and y, (batch_size, T) each: one of this process's micro-batches of a step."""
         if args.overfit_single_batch:
             # a test for a new model: can it learn one batch by heart?
             step = 0
@@ -940,8 +945,8 @@ def train(args, signals=()):
             # a nan ends the run here, before it is saved over the last good weights
             require_finite(f"validation loss of step {step}", val_loss, folder)
             # Save, so that a crash costs little: best.pt, the weights with the lowest validation
-            # loss, and last.pt, to go on from. (At step 0 there is nothing to save yet, and where a
-            # run has just gone on, last.pt is there.)
+            # loss, and last.pt, to go on from. (At step 0 there is nothing to save yet, and just
+            # after resuming last.pt is there already.)
             if step > 0 and val_loss < best_val_loss:
                 if save("best.pt", eval_model, step):
                     best_val_loss = val_loss
@@ -974,19 +979,19 @@ def train(args, signals=()):
                 loss = ddp_model(x, y)
             # The loss is a mean over the micro-batch, and what we want is the mean over all of
             # them. But backward() only adds: without this division the gradient of 8 micro-batches
-            # would be 8 times too long. The optimizers ignore a factor that all steps share, so
-            # nobody would notice, but clipping, below, would cut every step.
+            # would be 8 times too long. Nobody would notice, as the optimizers ignore a factor
+            # that all steps share. But clipping, below, would act in every step.
             loss = loss / grad_accum_steps
             # detach() takes the number, without the graph of operations that made it
             loss_sum += loss.detach()
             loss.backward()
 
         # Clip: if the gradients of all weights, taken as one long vector, are longer than 1, scale
-        # them to length 1. At first most are (175 of the first 200 of tiny's run), and clipping is
-        # a second warm-up: without it tiny's loss ends 0.009 higher, and 0.007 with a limit of 4,
-        # which only 8 steps exceed (means of three seeds). Later it is an insurance: one odd batch
-        # may have a gradient many times as long, and would fill the optimizers' averages with it
-        # for ten or twenty steps. norm is the length before; with --grad_clip 0 nothing is clipped.
+        # them to length 1. At first most are longer, and so all of these count alike in the
+        # optimizers' averages. Later it is an insurance: one odd batch may have a gradient many
+        # times as long, and would fill the averages with itself for ten or twenty steps. (What the
+        # two are worth with tiny: experiments 11 and 8 of the lab.) norm is the length before; with
+        # --grad_clip 0 nothing is clipped.
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
 
         # The step itself. (A group of parameters may have an "lr_scale", to get a multiple of the
