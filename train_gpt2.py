@@ -703,10 +703,11 @@ def make_optimizers(model, optimizer="muon", learning_rate=4e-3, weight_decay=0.
     """A list of optimizers, which together have every weight of the model once.
 
     With optimizer "adamw" it is AdamW alone. With "muon" AdamW is the first, and Muon the second
-    has the matrices of the blocks. dtype: the precision of Muon's products.
+    has the matrices of the blocks. learning_rate: the default is tiny's. dtype: the precision of
+    Muon's products.
 
     In memory a weight takes 4 bytes, its gradient 4, and AdamW's two averages 8 or Muon's one 4.
-    For d24, with 330M weights, these are 4.2 GB. (4e-3 is tiny's rate.)
+    For d24, with 330M weights, these are 4.2 GB.
     """
     matrices = []
     decayed = []
