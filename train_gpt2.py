@@ -689,8 +689,9 @@ class Muon(torch.optim.Optimizer):
             # ... and so is this
             updates.append(p.grad.lerp(m, group["momentum"]).to(self.dtype))
         orthogonal = orthogonalize(torch.stack(updates))  # (n, rows, cols)
-        # The rows of a wide matrix have length 1 now, so its numbers have the size 1 / sqrt(cols).
-        # In a tall one the columns have length 1, and it is 1 / sqrt(rows). Make it 0.2.
+        # Stretches of 1 mean X X^T = 1: the rows of a wide matrix have length 1 now, so its numbers
+        # have the size 1 / sqrt(cols). In a tall one the columns have length 1, and it is 1 /
+        # sqrt(rows). Make it 0.2.
         orthogonal = orthogonal * (0.2 * math.sqrt(max(params[0].shape)))
         for p, update in zip(params, orthogonal, strict=True):
             # weight decay, as in AdamW, and the step
@@ -754,9 +755,9 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
     means warm up, stable, decay (https://arxiv.org/abs/2404.06395). The fall takes the last 70 % of
     all steps, as in https://github.com/KellerJordan/modded-nanogpt, the speedrun.
 
-    d12 reads ten billion tokens in 19,073 steps of 524,288. Its rates at some of them, by today's
-    recipe, with 250 steps of warm-up to 2.4e-3, and by that with which this variant was first
-    trained, with 715 to 1.2e-3 (the flag --recipe chooses):
+    d12 reads ten billion tokens in 19,073 steps of 524,288. Its rates at some of them, by the two
+    recipes that --recipe knows. today has 250 steps of warm-up, to 2.4e-3. original, with which
+    this variant was first trained, has 715, to 1.2e-3:
 
         step                             0         125       10,000    19,072
         --recipe today      (wsd)        2.4e-4    1.3e-3    1.6e-3    1.8e-7
