@@ -209,7 +209,7 @@ def encode_question(q, encode, block_size, harness=False):
 # but its error in a token's loss can reach 0.1, and some questions are decided by less.
 
 # The logits of a batch, 4 bytes for each token and id, are by far the largest tensor:
-# 4096 * 50,257 * 4 bytes = 0.8 GB. So many tokens keep a GPU busy; more only cost memory.
+# 4096 * 50,257 * 4 bytes = 0.8 GB. 4096 tokens keep a GPU busy, and more would only cost memory.
 TOKENS_PER_BATCH = 4096
 
 

@@ -184,7 +184,7 @@ def main(argv):
         convert = from_openai if args.source in OPENAI_MODELS else export
         convert(args.source, args.target)
     except OSError as e:  # no network for OpenAI's weights or GPT-2's vocabulary
-        sys.exit(f"error: {str(e).splitlines()[0]}")
+        sys.exit(f"error: {str(e).splitlines()[0]}: fix this, then run this command again")
 
 if __name__ == "__main__":
     main(sys.argv[1:])
