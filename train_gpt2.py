@@ -77,7 +77,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import fineweb
-import hellaswag
 
 # =================================================================================================
 # PART I: THE ALGORITHM
@@ -436,9 +435,7 @@ class GPT(nn.Module):
             # which ids are only padding.
             return head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
                              self.config.vocab_size)
-        logits = self.lm_head(x).float()
-        logits[..., self.config.vocab_size :] = -math.inf
-        return logits
+        return self.lm_head(x)[..., : self.config.vocab_size].float()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -849,8 +846,7 @@ def train(args, signals=()):
         model = GPT(config)
     # or OpenAI's weights instead of random ones
     if args.init_from and not args.resume:
-        model = from_openai(args.init_from, T).to(device)
-        require_same_config(model.config, config)
+        model = load_model(args.init_from, device)[0].train()
     # The one that is looked at: it is validated, writes the samples and goes into best.pt. Here it
     # is the one that learns. (It would be their average, in a run that averages
     # its weights.)
@@ -956,13 +952,6 @@ def train(args, signals=()):
                 saved = save("last.pt", model, step)
             # Read what it writes: no loss tells you that it only repeats itself.
             show_sample(eval_model, tokenizer, args, step)
-
-        # And HellaSwag, questions with four answers to choose from: what share is right?
-        if args.hellaswag_every > 0 and (last or is_due(step, args.hellaswag_every)):
-            eval_model.eval()
-            score = score_hellaswag(eval_model, tokenizer, autocast)
-            print0(f"step {step:5d}/{args.num_iterations} | HellaSwag {score:.6f}")
-            write_log(folder, step, eval=score)
 
         if last:
             break
@@ -1631,10 +1620,8 @@ def stop_signals():
 def load_model(name, device):
     """A model to look at, and its tokenizer's name.
 
-    name: the path of a checkpoint, or one of OPENAI_MODELS.
+    name: the path of a checkpoint.
     """
-    if name in OPENAI_MODELS:
-        return from_openai(name).to(device).eval(), "gpt2"
     checkpoint = read_checkpoint(name)
     model = GPT(GPTConfig(**checkpoint["config"])).to(device)
     model.load_state_dict(checkpoint["model"])
@@ -1739,57 +1726,8 @@ def show_sample(model, tokenizer, args, step):
     print0(f"--- a sample after {step} steps\n{text}\n---")
 
 
-def score_hellaswag(model, tokenizer, autocast):
-    """The share of HellaSwag's questions that the model answers right; guessing gets 0.25.
-
-    With 8 processes each asks every eighth question.
-    """
-    encode, _ = load_tokenizer(tokenizer)
-    rank, world_size = this_process()
-    items = []
-    for question in hellaswag.load_questions()[rank::world_size]:
-        items.append(hellaswag.encode_question(question, encode, model.config.block_size))
-    logp = hellaswag.log_probs(model, items, autocast)
-    _, right = hellaswag.right_answers(logp, items)
-    right, asked = all_sum([right, len(items)], next(model.parameters()).device)
-    return right / asked
-
-
-# The shapes of OpenAI's models. (The way out, to Hugging Face's transformers, is report/export.py.)
-OPENAI_MODELS = {"gpt2": "d12", "gpt2-medium": "d24", "gpt2-large": "d36", "gpt2-xl": "d48"}
 # every switch as in 2019, in GPTConfig's words
 GPT2 = dict(norm="layernorm", mlp="gelu", pos="learned", bias=True, qk_norm=False)
-
-
-@torch.no_grad()
-def from_openai(name, block_size=1024):
-    """OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl as a GPT, in fp32 on the CPU.
-
-    block_size: the longest sequence, at most the 1024 positions that OpenAI's models have learned.
-    The weights are downloaded once. A folder openai-community/NAME, where you are, is taken first.
-    """
-    import transformers  # here, because nothing else needs it
-
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(f"openai-community/{name}")
-    c = theirs.config
-    if block_size > c.n_positions:
-        sys.exit(f"error: {name} has {c.n_positions} positions: use a smaller --sequence_length")
-    shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_kv_head=c.n_head, n_embd=c.n_embd)
-    model = GPT(GPTConfig(block_size=block_size, vocab_size=c.vocab_size, **shape, **GPT2))
-    ours = model.state_dict()
-    for their_name, w in theirs.state_dict().items():
-        # Names are the same, but their linear layers are stored as (in, out), the transpose of
-        # ours, and queries, keys and values are one matrix, c_attn.
-        if their_name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-            w = w.T
-        names = [their_name]
-        if "c_attn" in their_name:
-            names = [their_name.replace("c_attn", part) for part in ("c_q", "c_k", "c_v")]
-        for our_name, piece in zip(names, w.chunk(len(names)), strict=True):
-            # ours has more rows where it pads the table, and fewer where it needs fewer positions
-            rows = min(len(piece), len(ours[our_name]))
-            ours[our_name][:rows] = piece[:rows]
-    return model
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1814,10 +1752,6 @@ PRESETS["tiny"] |= dict(
 # --recipe original: how this variant was first trained, at half the learning rate
 # (https://github.com/Morris88826/CSCE-689-HW2, the course work that this project follows)
 ORIGINAL = dict(optimizer="adamw", schedule="cosine", warmup_iters=715, qk_norm=False)
-# --init_from: finetuning wants small steps, as the weights are good already. The rate is nanoGPT's
-# (there it stays the same all the time; ours falls).
-FINETUNE = dict(optimizer="adamw", learning_rate=3e-5, warmup_iters=0, total_batch_size=32768)
-
 
 def make_parser():
     """All settings, as flags. Where llm.c has one, it has the same name here.
@@ -1844,7 +1778,7 @@ def make_parser():
         add(f"--{switch}", choices=names, default=names[0])
     add("--bias", action=on_off, default=False, help="biases in linear layers and LayerNorm")
     add("--qk_norm", action=on_off, default=True, help="normalize queries and keys")
-    add("--init_from", choices=OPENAI_MODELS, help="begin with OpenAI's weights")
+    add("--init_from", metavar="CHECKPOINT", help="begin with the weights of a checkpoint")
 
     # What it learns from, and where it writes.
     add("--input_bin", default="fineweb10B/fineweb_train_*.bin", metavar="PATTERN",
@@ -1893,7 +1827,6 @@ def make_parser():
         help="steps to the next validation, sample, checkpoint; 0: at the end only [%(default)s]")
     add("--val_tokens", type=positive, default=10485760,
         help="tokens a validation takes, or all there are [%(default)s]")
-    add("--hellaswag_every", type=count, default=0, help="steps to a HellaSwag score; 0: no")
     add("--log_every", type=positive, default=1, help="steps from line to line")
     add("--resume", action="store_true", help="go on from last.pt in output_dir, if it exists")
     add("--prompt", help="what samples begin with")
@@ -1907,7 +1840,7 @@ def make_parser():
     add("--compile", action=on_off, help="torch.compile; default: on a GPU")
 
     # Instead of training.
-    add("--sample", metavar="CHECKPOINT", help="let a checkpoint, or gpt2 ... gpt2-xl, write")
+    add("--sample", metavar="CHECKPOINT", help="let a checkpoint write")
     return parser
 
 
@@ -1919,14 +1852,12 @@ def parse_args(argv):
     """
     parser = make_parser()
     typed = parser.parse_args(argv)
-    model = typed.model or OPENAI_MODELS.get(typed.init_from, "tiny")
+    model = typed.model or "tiny"
     defaults = {"model": model, "warmup_iters": 250} | PRESETS[model]
     if typed.recipe == "original":
         defaults |= ORIGINAL
         defaults["learning_rate"] /= 2
-    if typed.init_from:
-        defaults |= FINETUNE | {"arch": "gpt2", "output_dir": f"log_{typed.init_from}"}
-    if typed.arch == "gpt2" or typed.init_from:
+    if typed.arch == "gpt2":
         defaults |= GPT2 | {"n_kv_head": typed.n_head or defaults["n_head"]}
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
