@@ -520,8 +520,6 @@ class TokenLoader:
         self.seed = seed
         # their paths, how many tokens each has, and how many different ids there are in all
         self.paths, lengths, self.vocab_size = fineweb.find_shards(pattern)
-        # the four files that were used last stay open; a system allows about 1000 in all
-        self.read_shard = functools.lru_cache(maxsize=4)(fineweb.read_shard)
         # rows in each shard, and sequences in an epoch
         self.counts = [max(0, n - 1) // T for n in lengths]
         self.total = sum(self.counts)
@@ -547,7 +545,7 @@ class TokenLoader:
             shard, row = self.locate(first + i)
             start = row * self.T
             # only this piece is read from the disk
-            rows[i] = self.read_shard(self.paths[shard])[start : start + self.T + 1]
+            rows[i] = fineweb.read_tokens(self.paths[shard], start, self.T + 1)
             check_ids(rows[i], self.vocab_size, self.paths[shard])
         rows = to_device(torch.from_numpy(rows), device)
         # contiguous() copies: shifted views of one tensor gave wrong results on Apple's GPUs
@@ -1667,13 +1665,7 @@ def load_tokenizer(name):
     if name == "bytes":
         return lambda text: list(text.encode()), lambda ids: bytes(ids).decode(errors="replace")
     if name == "gpt2":
-        import tiktoken  # here, because the default run does not need it
-
-        try:
-            bpe = tiktoken.get_encoding("gpt2")  # downloads the vocabulary, 1.5 MB, once
-        except OSError:
-            raise OSError("GPT-2's vocabulary is not here: go online once, or set "
-                          "TIKTOKEN_CACHE_DIR to a folder that has it") from None
+        bpe = fineweb.gpt2_tokenizer()
         return bpe.encode_ordinary, bpe.decode
     raise ValueError(f"no tokenizer is called {name}: there are {', '.join(TOKENIZERS)}")
 
@@ -1819,6 +1811,18 @@ ORIGINAL = dict(optimizer="adamw", schedule="cosine", warmup_iters=715, qk_norm=
 FINETUNE = dict(optimizer="adamw", learning_rate=3e-5, warmup_iters=0, total_batch_size=32768)
 
 
+def between(kind, low, high=math.inf):
+    """An argparse type: a number of this kind, int or float, from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in the range from {low} to {high}")
+        return value
+
+    parse.__name__ = kind.__name__  # what argparse calls it, if it is no number at all
+    return parse
+
+
 def make_parser():
     """All settings, as flags. Where llm.c has one, it has the same name here.
 
@@ -1831,7 +1835,6 @@ def make_parser():
     parser.error = lambda message: sys.exit(f"error: {message}; see --help")
     add = parser.add_argument
     on_off = argparse.BooleanOptionalAction  # makes --qk_norm and --no-qk_norm
-    between = fineweb.between
     count = between(int, 0)
     positive = between(int, 1)
 
