@@ -32,19 +32,19 @@ models to compare filters, and kept the filters that improved the models. FineWe
 the part that a classifier rated as educational. The default is a sample of 10 billion tokens.
 Shards come from three sources:
 
-    python fineweb.py --shards 10                              # pretokenized: 10 + 1 shards, 2.2 GB
     python fineweb.py                                          # all pretokenized shards, 21 GB
+    python fineweb.py --shards 10                              # the first 10 and validation, 2.2 GB
     python fineweb.py --tokenize --shards 10                   # raw FineWeb, tokenized here
     python fineweb.py --input books/ notes.jsonl --out mine    # your own text
-    python fineweb.py --input books/ --out mine_bytes --bytes  # the same, byte-level, for tiny
+    python fineweb.py --input books/ --out mine_bytes --bytes  # the same, byte-level
 
-Pretokenized shards were made by others and save an hour of tokenization. Byte-level means that each
-byte is a token and its value is the id: with 257 ids the smallest model, tiny, spends its
-parameters on layers rather than on a vocabulary. Each command ends by printing the command that
-trains on its shards. Data sets come from the Hugging Face hub, huggingface.co. The environment
-variable HF_ENDPOINT names a mirror, and HF_TOKEN holds the access key of an account. After an
-interruption, run the same command again: downloads keep complete files, and tokenization starts
-over.
+Others have published FineWeb pretokenized, which saves an hour. Byte-level means that each byte is
+a token and its value is the id. The smallest model, tiny, then spends its parameters on layers
+rather than on a vocabulary. Each command prints the command that trains on its shards. Data sets
+come from the Hugging Face hub, huggingface.co. The environment variable HF_ENDPOINT names a mirror,
+and HF_TOKEN holds the access key of an account. After an interruption, run the same command again:
+downloads keep complete files, and tokenization starts over. You may delete the raw text, in
+FOLDER_raw.
 """
 import argparse
 import glob
@@ -117,7 +117,6 @@ def find_shards(pattern):
 
 def read_tokens(path, start=0, count=-1):
     """Returns `count` tokens of a shard from token `start` on, (count,) uint16; -1 means the rest.
-
     The file is closed again: a system allows about 1,000 open files, and FineWeb has more shards.
     """
     return np.fromfile(path, "<u2", count, offset=4 * HEADER_INTS + 2 * start)
@@ -160,15 +159,6 @@ def write_shards(folder, name, chunks, vocabulary, first=1):
     temporary.rename(folder)
 
 
-def stdlib_corpus():
-    """Returns the glob pattern of the default training shards, and makes them the first time: the
-    source of Python's standard library, byte-level, 11 million tokens."""
-    folder = Path(f"stdlib_py{sys.version_info.major}.{sys.version_info.minor}")
-    if not folder.exists():
-        write_shards(folder, "stdlib", stdlib_chunks(), "bytes")
-    return str(folder / "stdlib_train_*.bin")
-
-
 def stdlib_chunks():
     """Yields the standard library's files for tokenize()."""
     source = Path(sysconfig.get_paths()["stdlib"])
@@ -180,6 +170,15 @@ def stdlib_chunks():
             # The name's hash holds out 8 files in 256, the same ones on every machine.
             held_out = hashlib.sha256(name.as_posix().encode()).digest()[0] < 8
             yield "val" if held_out else "train", True, path.read_bytes().decode()
+
+
+def stdlib_corpus():
+    """Returns the glob pattern of the default training shards, and makes them the first time: the
+    source of Python's standard library, byte-level, 11 million tokens."""
+    folder = Path(f"stdlib_py{sys.version_info.major}.{sys.version_info.minor}")
+    if not folder.exists():
+        write_shards(folder, "stdlib", stdlib_chunks(), "bytes")
+    return str(folder / "stdlib_train_*.bin")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -324,9 +323,9 @@ def download(repo, patterns, folder):
 
 
 def raw_chunks(repo, version, folder, shards):
-    """Downloads raw FineWeb, files that make at least `shards` training shards (0: all files), and
-    yields its chunks for tokenize()."""
-    # A file of 2 GB makes 6 to 7 shards. The + 1 covers the validation shard.
+    """Yields the chunks of raw FineWeb for tokenize(), after downloading enough whole files for
+    `shards` training shards; 0 means all files."""
+    # A file of 2 GB makes 6 to 7 shards. The + 1 covers the validation shard, and rounds up.
     numbers = [f"{i:03d}" for i in range(shards // 6 + 1)] if shards else ["*"]
     sample = f"sample/{version}T"
     download(repo, [f"{sample}/{number}_*.parquet" for number in numbers], folder)
@@ -341,12 +340,10 @@ def raw_chunks(repo, version, folder, shards):
 def print_next_command(folder, name):
     """Prints the number of tokens, and the command that trains on them."""
     # The folder's name may contain spaces or brackets.
-    prefix = f"{glob.escape(str(folder))}/{name}"
-    pattern = f"{prefix}_train_*.bin"
+    pattern = f"{glob.escape(str(folder))}/{name}_train_*.bin"
     _, lengths, vocab_size = find_shards(pattern)
-    held_out = sum(find_shards(f"{prefix}_val_*.bin")[1])
     tokens = sum(lengths)
-    print(f"{folder}: {tokens:,} training tokens, {held_out:,} held out")
+    print(f"{folder}: {tokens:,} training tokens")
 
     # Repeating a text up to 4 times is nearly as good as new text, and more helps little
     # (https://arxiv.org/abs/2305.16264). FineWeb has enough new text.
@@ -373,7 +370,7 @@ def main(argv):
     add = parser.add_argument
     add("-v", "--version", choices=["10B", "100B"], default="10B", help="tokens in the sample")
     add("-t", "--type", choices=["classic", "edu"], default="classic", help="which FineWeb")
-    add("--shards", type=int, default=0, help="training shards of 100M tokens each; 0: all")
+    add("--shards", type=int, default=0, help="training shards (100M tokens) to get; 0: all")
     add("--tokenize", action="store_true", help="download the raw text and tokenize it here")
     add("--input", nargs="+", metavar="FILE", help="your own files or folders")
     add("--bytes", action="store_true", help="make byte-level shards of --input")
