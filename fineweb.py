@@ -1,589 +1,415 @@
 """
-Chapter two turns text into shards, the files of numbers that train_gpt2.py learns from.
+Chapter two turns text into tokens, and tokens into the shards that train_gpt2.py reads.
 
-A text is first cut into tokens. A token is a string out of a fixed vocabulary, and its number there
-is its id. Why not words? There are too many, and a new one would have no id. Why not letters? A
-text would be 4 to 5 times as long, and the work with it. Tokens lie between. GPT-2's vocabulary has
-50,256 strings: the 256 single bytes, so that no text is unknown, and 50,000 longer ones. To find
-those, one splits a large text into bytes, joins the pair of neighbors that occurs most often into a
-new string, everywhere in the text, and repeats this 50,000 times (byte pair encoding,
-https://arxiv.org/abs/1508.07909). So a frequent word is one token, with the space before it, and a
-rare one takes several. Ten words:
+A token is a string from a fixed vocabulary, and its index there is its id. Why not words? There are
+too many, and a new word would have no id. Why not letters? Sequences would be 4 to 5 times as long,
+and so would training. Tokens lie in between. GPT-2's vocabulary has 50,256 of them: the 256 single
+bytes, so any text can be tokenized, and 50,000 longer strings. Byte pair encoding (BPE,
+https://arxiv.org/abs/1508.07909) finds the longer ones: it starts from the bytes of a large text,
+merges the most frequent pair of neighbors into a new token everywhere, and repeats this 50,000
+times. A frequent word ends up as one token, including the space before it, and a rare word as
+several. Ten words:
 
     text     The cat sat on the mat and the tokenizer slept.
     tokens   The| cat| sat| on| the| mat| and| the| token|izer| slept|.
     ids      464 3797 3332 319 262 2603 290 262 11241 7509 21256 13
 
-One more id, 50256, stands for no text. It is written <|endoftext|>, comes before every document
-(one text, such as a web page), and says that what came earlier has nothing to do with what follows.
-Every id is below 65,536, so two bytes hold it, the lower one first. Here are <|endoftext|> and the
-first seven ids from above as sixteen bytes, in hexadecimal:
+Id 50256, written <|endoftext|>, is a special token: it stands for no string. It is the separator
+before every document (one text, such as a web page), and tells the model that the document before
+has nothing to do with the next one. All ids are below 65,536, so an id fits in two bytes, the lower
+one first. Here are the separator and the first seven ids from above, with their bytes in hex:
 
     ids      50256   464  3797  3332   319   262  2603   290
     bytes    50 c4 d0 01 d5 0e 04 0d 3f 01 06 01 2b 0a 22 01
 
-A shard is a file of such bytes behind a short header: up to 100 million tokens, which is 200 MB.
-Shards to train on are numbered from 1. Others, numbered from 0, are for validation: their text is
-held out of training, so the loss on it shows what the model learned, not what it memorized.
+A shard is a file of such ids after a short header: up to 100 million tokens, or 200 MB. Training
+shards are numbered from 1. Validation shards are numbered from 0 and contain held-out data, text
+that the model is never trained on: its loss there shows what the model learned rather than what it
+memorized.
 
-FineWeb (https://arxiv.org/abs/2406.17557) is text from public web pages. Its makers trained small
-models to try out filters, and kept the filters that made the models better. FineWeb-Edu (-t edu) is
-the part that a classifier found educational. The default is a sample of 10 billion tokens. There
-are three ways to make a folder of shards (the first two lines are one, with and without a limit):
+FineWeb (https://arxiv.org/abs/2406.17557) is text from public web pages. Its authors trained small
+models to compare filters, and kept the filters that improved the models. FineWeb-Edu (-t edu) is
+the part that a classifier rated as educational. The default is a sample of 10 billion tokens.
+Shards come from three sources:
 
-    python fineweb.py --shards 10                              # ready: 10 to train on + 1, 2.2 GB
-    python fineweb.py                                          # the whole sample, 21 GB
-    python fineweb.py --tokenize --shards 10                   # from the raw text, tokenized here
+    python fineweb.py                                          # all pretokenized shards, 21 GB
+    python fineweb.py --shards 10                              # the first 10 and validation, 2.2 GB
+    python fineweb.py --tokenize --shards 10                   # raw FineWeb, tokenized here
     python fineweb.py --input books/ notes.jsonl --out mine    # your own text
+    python fineweb.py --input books/ --out mine_bytes --bytes  # the same, byte-level
 
-Others have made the ready ones, which saves an hour of tokenizing. Each command ends with the one
-that trains on the result. (A fourth corpus needs no command: see stdlib_corpus().) Downloads come
-from the hub, huggingface.co, where data sets are shared. The environment variable HF_ENDPOINT names
-a mirror; HF_TOKEN holds the access key of an account (no token of a text). After an interruption
-run the same command again. A download keeps the files that are whole; tokenizing begins anew. Files
-that end in .tmp are what an interrupted run left behind, and you may remove them.
-
-To learn how text becomes numbers, read this page and write_shard(); the rest is for large and odd
-texts, downloads and other people's files.
+Others have published FineWeb pretokenized, which saves an hour. Byte-level means that each byte is
+a token and its value is the id. The smallest model, tiny, then spends its parameters on layers
+rather than on a vocabulary. Each command prints the command that trains on its shards. Data sets
+come from the Hugging Face hub, huggingface.co. The environment variable HF_ENDPOINT names a mirror,
+and HF_TOKEN holds the access key of an account. After an interruption, run the same command again:
+downloads keep complete files, and tokenization starts over. You may delete the raw text, in
+FOLDER_raw.
 """
 import argparse
-import collections
 import glob
-import gzip
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shlex
-import signal
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
+from array import array
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 # -------------------------------------------------------------------------------------------------
 # 1. Shards
 
-# The header is 256 integers of 4 bytes: the magic number, which no other kind of file begins with,
-# the version of the format, the number of tokens, the size of the vocabulary, and zeros. The shards
-# of llm.c, GPT-2 training in C (https://github.com/karpathy/llm.c), are the same, but their fourth
-# integer is 0. We read 0 as GPT-2's vocabulary.
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
+# The format is that of llm.c, GPT-2 training in C (https://github.com/karpathy/llm.c). The header
+# is 256 integers of 4 bytes: a magic number that identifies the format, its version, the number of
+# tokens, the vocabulary size, and zeros. llm.c writes 0 for the vocabulary size, meaning GPT-2's.
+MAGIC_AND_VERSION = [20240520, 1]
 HEADER_INTS = 256
 SHARD_TOKENS = 100_000_000
 
-# Besides GPT-2's vocabulary there is a simpler one, in which a byte is its own id. It suits small
-# experiments. In both of them <|endoftext|> has the last id.
+# In both vocabularies the separator, <|endoftext|>, is the last id.
 VOCAB_SIZE = {"bytes": 257, "gpt2": 50257}
 END_OF_TEXT = VOCAB_SIZE["gpt2"] - 1
 
 
 def write_shard(path, tokens, vocab_size):
-    """Writes an array of ids below vocab_size as a shard; vocab_size 0 is GPT-2's vocabulary."""
+    """Writes a shard. tokens: (n,) ids below vocab_size, where 0 means GPT-2's vocabulary.
+
+    Raises ValueError for an id outside the vocabulary, or above 65,535, the most two bytes hold.
+    """
     tokens = np.asarray(tokens)
-    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < (vocab_size or VOCAB_SIZE["gpt2"]):
-        raise ValueError(f"{path}: ids from {tokens.min()} to {tokens.max()} are no ids of a "
-                         f"vocabulary of {vocab_size or VOCAB_SIZE['gpt2']}")
+    limit = min(vocab_size or VOCAB_SIZE["gpt2"], 2**16)
+    if not 0 <= tokens.min() <= tokens.max() < limit:
+        raise ValueError(f"{path}: ids must be from 0 to {limit - 1} (an id has two bytes), and "
+                         f"these are from {tokens.min()} to {tokens.max()}")
     header = np.zeros(HEADER_INTS, "<i4")
-    header[:4] = [SHARD_MAGIC, SHARD_VERSION, len(tokens), vocab_size]
-    with open(path, "wb") as file:
-        file.write(header.tobytes())
-        file.write(np.ascontiguousarray(tokens, "<u2").data)
+    header[:4] = [*MAGIC_AND_VERSION, len(tokens), vocab_size]
+    Path(path).write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
 
 
 def find_shards(pattern):
-    """The paths that match a glob pattern, sorted; how many tokens each shard has; and how many ids
-    their vocabulary, which has to be the same for all. Ends the program if a file is no shard."""
+    """Returns the sorted paths that match a glob pattern, the number of tokens in each, and the
+    vocabulary size. Ends the program if there are none, or one is broken, or vocabularies differ.
+    """
     paths = sorted(glob.glob(str(pattern)))
     if not paths:
-        sys.exit(f"error: no file {pattern} in {os.getcwd()}: a run needs NAME_train_*.bin and "
-                 f"NAME_val_*.bin, which `python fineweb.py` makes; see --input_bin")
+        sys.exit(f"error: no file matches {pattern} in {os.getcwd()}: training needs "
+                 "NAME_train_*.bin and NAME_val_*.bin; `python fineweb.py` downloads FineWeb's")
     lengths = []
     vocab_sizes = []
     for path in paths:
         header = np.fromfile(path, "<i4", HEADER_INTS)
-        # The file is as long as its header says, unless a download or a copy was cut off.
-        is_shard = header[:2].tolist() == [SHARD_MAGIC, SHARD_VERSION]
+        # An interrupted download or copy is shorter than its header says.
+        is_shard = header[:2].tolist() == MAGIC_AND_VERSION
         if not is_shard or os.path.getsize(path) != header.nbytes + 2 * int(header[2]):
-            sys.exit(f"error: {path} is no whole token shard: get it again with fineweb.py")
+            sys.exit(f"error: {path} is not a complete shard: delete it and run fineweb.py again")
         lengths.append(int(header[2]))
         vocab_sizes.append(int(header[3]) or VOCAB_SIZE["gpt2"])
         if vocab_sizes[-1] != vocab_sizes[0]:
-            sys.exit(f"error: {paths[0]} has a vocabulary of {vocab_sizes[0]} ids, and {path} one "
-                     f"of {vocab_sizes[-1]}: train on shards of one vocabulary")
+            sys.exit(f"error: {paths[0]} has a vocabulary of {vocab_sizes[0]} ids, and {path} has "
+                     f"{vocab_sizes[-1]}: all shards of a run need the same tokenizer")
     return paths, lengths, vocab_sizes[0]
 
 
-def read_shard(path):
-    """A shard's tokens (uint16) as a memory map: nothing is read before it is used."""
-    return np.memmap(path, "<u2", "r", offset=4 * HEADER_INTS)
+def read_tokens(path, start=0, count=-1):
+    """Returns `count` tokens of a shard from token `start` on, (count,) uint16; -1 means the rest.
+    The file is closed again: a system allows about 1,000 open files, and FineWeb has more shards.
+    """
+    return np.fromfile(path, "<u2", count, offset=4 * HEADER_INTS + 2 * start)
 
 
-class ShardWriter:
-    """Collects tokens and writes them as FOLDER/NAME_000001.bin and so on."""
+def write_shards(folder, name, chunks, vocabulary, first=1):
+    """Tokenizes chunks (see tokenize()) and writes them to a new folder, as NAME_train_000001.bin
+    and so on, and NAME_val_000000.bin and so on. first: number of the first training shard."""
+    # The folder gets its name at the end. Otherwise an interrupted run would leave shards that look
+    # complete, and training would silently use only part of the text.
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    for leftover in temporary.glob(f"{name}_*_??????.bin"):  # of an interrupted run
+        leftover.unlink()
+    buffers = {"train": array("H"), "val": array("H")}  # of two bytes per id
+    numbers = {"train": first, "val": 0}  # of the next shards
 
-    def __init__(self, folder, name, index, vocab_size=0):
-        self.folder = folder
-        self.name = name
-        self.index = index  # number of the next shard
-        self.vocab_size = vocab_size
-        self.buffer = np.empty(SHARD_TOKENS, np.uint16)
-        self.count = 0  # tokens in the buffer
-        self.written = {}  # for each shard its temporary name, and the name that it is to have
+    def write_next(split):
+        """Moves up to SHARD_TOKENS tokens from the buffer to a file."""
+        temporary.mkdir(parents=True, exist_ok=True)
+        # Number 0 is always for validation.
+        number = numbers[split]
+        path = temporary / f"{name}_{split if number else 'val'}_{number:06d}.bin"
+        write_shard(path, buffers[split][:SHARD_TOKENS], VOCAB_SIZE[vocabulary])
+        print(f"wrote {path}")
+        del buffers[split][:SHARD_TOKENS]
+        numbers[split] += 1
 
-    def add(self, tokens):
-        """Appends ids. A document may begin in one shard and go on in the next."""
-        while len(tokens):
-            part = tokens[:SHARD_TOKENS - self.count]
-            self.buffer[self.count:self.count + len(part)] = part
-            self.count += len(part)
-            tokens = tokens[len(part):]
-            if self.count == SHARD_TOKENS:
-                self.flush()
-
-    def flush(self):
-        """Writes the next shard with what the buffer holds, under a temporary name."""
-        if self.count:
-            path = self.folder / f"{self.name}_{self.index:06d}.bin"
-            # The process's id keeps two runs out of each other's files.
-            temporary = f"{path}.{os.getpid()}.tmp"
-            self.written[temporary] = path
-            try:
-                write_shard(temporary, self.buffer[:self.count], self.vocab_size)
-            except OSError as error:
-                for half_done in self.written:
-                    Path(half_done).unlink(missing_ok=True)
-                sys.exit(f"error: {path} cannot be written ({error.strerror}): make room, or give "
-                         "another --out, and run this command again")
-            self.index += 1
-            self.count = 0
-
-    def finish(self):
-        """Writes the last shard, and gives each its name. They get it only now, so that what an
-        interrupted run leaves behind is never taken for the whole."""
-        self.flush()
-        for temporary, path in self.written.items():
-            os.replace(temporary, path)
+    for split, ids in tokenize(chunks, vocabulary):
+        # A document may start in one shard and continue in the next.
+        buffers[split].extend(ids)
+        while len(buffers[split]) >= SHARD_TOKENS:
+            write_next(split)
+    # A sequence of the smallest model has 128 tokens, plus the target of the last one.
+    if numbers["train"] <= 1 and len(buffers["train"]) < 129:
+        sys.exit(f"error: too little text: {len(buffers['train'])} tokens are left for training "
+                 f"after holding out {len(buffers['val'])}, and it needs 129")
+    for split in buffers:
+        if len(buffers[split]):
+            write_next(split)
+    temporary.rename(folder)
 
 
-def make_folder(folder):
-    """Makes a folder for shards, unless it exists. Git ignores what is in it, as gigabytes do not
-    belong in a commit."""
-    if not folder.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".gitignore").write_text("*\n")
-
-
-def stdlib_corpus():
-    """Makes, once, the shards that train_gpt2.py learns from if it is given none: the source of
-    Python's standard library (11 MB, as bytes). Returns the glob pattern of those to train on."""
+def stdlib_chunks():
+    """Yields the standard library's files for tokenize()."""
     source = Path(sysconfig.get_paths()["stdlib"])
-    folder = Path(f"stdlib_py{sys.version_info.major}.{sys.version_info.minor}")
-    pattern = str(folder / "stdlib_train_*.bin")
-    # The validation shard gets its name last (see below): if it exists, so do the others.
-    if (folder / "stdlib_val_000000.bin").exists():
-        return pattern
-
-    make_folder(folder)
-    train = ShardWriter(folder, "stdlib_train", 1, VOCAB_SIZE["bytes"])
-    val = ShardWriter(folder, "stdlib_val", 0, VOCAB_SIZE["bytes"])
-    # We leave out the library's tests, packages that pip installed, and help texts (pydoc_data).
+    # Tests, packages installed by pip, and help texts are left out.
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data"}
     for path in sorted(source.rglob("*.py")):
         name = path.relative_to(source)
-        if skip & set(name.parts):
-            continue
-        # About 8 files in 256 are held out for validation. The hash of the name decides, and not a
-        # random number, so that every machine holds out the same ones.
-        held_out = hashlib.sha256(name.as_posix().encode()).digest()[0] < 8
-        writer = val if held_out else train
-        # Before each file comes <|endoftext|>, whose id is 256 in this vocabulary.
-        writer.add([VOCAB_SIZE["bytes"] - 1])
-        writer.add(np.frombuffer(path.read_bytes(), np.uint8))
-    train.finish()
-    val.finish()
-    return pattern
+        if not skip & set(name.parts):
+            # The name's hash holds out 8 files in 256, the same ones on every machine.
+            held_out = hashlib.sha256(name.as_posix().encode()).digest()[0] < 8
+            yield "val" if held_out else "train", True, path.read_bytes().decode()
+
+
+def stdlib_corpus():
+    """Returns the glob pattern of the default training shards, and makes them the first time: the
+    source of Python's standard library, byte-level, 11 million tokens."""
+    folder = Path(f"stdlib_py{sys.version_info.major}.{sys.version_info.minor}")
+    if not folder.exists():
+        write_shards(folder, "stdlib", stdlib_chunks(), "bytes")
+    return str(folder / "stdlib_train_*.bin")
 
 
 # -------------------------------------------------------------------------------------------------
 # 2. Documents
 
-def find_files(names):
-    """The files that the names of --input stand for, sorted. Folders are searched, but nothing that
-    is hidden in them is read, such as .git or a notebook's .ipynb_checkpoints."""
-    found = {}
-    for name in map(Path, names):
-        if not name.exists():
-            sys.exit(f"error: --input {name}: no file and no folder has this name")
-        inside = [name] if name.is_file() else files_in(name)
-        for path in inside:
-            # resolve() shows that a.txt and books/../a.txt are one file. It is read once.
-            found.setdefault(path.resolve(), path)
-    return sorted(found.values())
-
-
-def files_in(folder):
-    """Yields the files in a folder and its subfolders, links to other folders included."""
-    def passed_over(error):
-        tqdm.write(f"{error.filename} is passed over: {error.strerror}")
-
-    seen = set()
-    for place, subfolders, names in os.walk(folder, followlinks=True, onerror=passed_over):
-        # A link may lead back to where we come from.
-        if (real := os.path.realpath(place)) in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        yield from (Path(place, name) for name in names if not name.startswith("."))
-
-
-def read_documents(path):
-    """Yields the documents of a file, "" or None for an empty one. In .jsonl and .ndjson a line is
-    a JSON object, and .parquet is a compressed table with rows; the document is what stands under
-    "text". Any other file is text, which is read into memory as a whole. .gz is unpacked."""
-    name = path.name.lower()
-    open_file = gzip.open if name.endswith(".gz") else open
-    if name.endswith(".parquet"):
-        import pyarrow.parquet as parquet
+def read_file(path):
+    """Yields the documents of a file. In a .jsonl file each line is a JSON object, and a .parquet
+    file is a compressed table; both have a field "text". Any other file is plain text in UTF-8."""
+    if path.suffix.lower() == ".parquet":
+        import pyarrow.parquet as parquet  # here, because only this format needs pyarrow
         for batch in parquet.ParquetFile(path).iter_batches(64, columns=["text"]):
             yield from batch["text"].to_pylist()
-    elif name.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
-        with open_file(path, "rb") as file:
-            for line in file:
-                text = json.loads(line)["text"] if line.strip() else None
-                # JSON can write half of a character, "\ud83d", which has no bytes: it becomes "?".
-                yield (text or "").encode("utf-8", "replace").decode()
+    elif path.suffix.lower() == ".jsonl":
+        with open(path, encoding="utf-8-sig") as file:
+            for line in filter(str.strip, file):
+                # JSON can contain half a character, "\ud83d". It has no bytes and becomes "?".
+                yield json.loads(line)["text"].encode("utf-8", "replace").decode()
     else:
-        if name.removesuffix(".gz").endswith((".json", ".csv", ".tsv", ".html")):
-            tqdm.write(f"NOTE: {path} is read as plain text, with all its marks")
-        # utf-8-sig drops the mark that some editors put before the text, and newline="" keeps \r\n.
-        with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
-            # Collections of short stories come with lines of <|endoftext|> between them.
-            yield from re.split(r"<\|endoftext\|>[\r\n]*", file.read())
+        # utf-8-sig drops the byte order mark that some editors write first.
+        text = path.read_bytes().decode("utf-8-sig")
+        if "\0" in text:
+            raise UnicodeError("it contains a NUL, like UTF-16 and binary files")
+        # Collections of stories already contain separators.
+        yield from re.split(r"<\|endoftext\|>[\r\n]*", text)
 
 
 def read_files(paths):
-    """Yields the documents of several files, and at the end prints how many there were. Passes over
-    a file that is no text in UTF-8. Ends the program if a file cannot be read for another reason,
-    with one line that names it and its row."""
-    counts = collections.Counter()
+    """Yields the documents of several files, except for empty ones. Skips files that are not text,
+    and ends the program with one line that names the file if one is damaged."""
     for path in paths:
-        row = 0
+        count = 0
         try:
-            for text in read_documents(path):
-                if not isinstance(text, str | None):
-                    raise TypeError(f"its text is no text, but {type(text).__name__}")
-                row += 1
+            for text in read_file(path):
+                count += 1
                 if text:
-                    counts["documents read"] += 1
                     yield text
-                else:
-                    counts["empty documents passed over"] += 1
-        # Python's decoders and pyarrow know a dozen kinds of error for a damaged file. And where
-        # pyarrow, which only .parquet needs, is not installed, its import fails.
+        except UnicodeError as error:
+            print(f"{path} is not text in UTF-8, skipped after document {count}: {error}")
+        # The decoders and pyarrow raise many types of errors for a damaged file.
         except Exception as error:
-            if row == 0 and isinstance(error, UnicodeDecodeError):
-                tqdm.write(f"{path} is passed over: it is no text in UTF-8")
-                counts["files passed over"] += 1
-                continue
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            sys.exit(f"error: {path}, row {row + 1}: {reason}")
-    found = ", ".join(f"{number:,} {what}" for what, number in counts.items())
-    tqdm.write(f"{len(paths)} files: {found}")
+            sys.exit(f"error: {path} cannot be read after document {count}: {error!r}")
 
 
-# A text is cut into pieces, just before a space or line break that follows something visible:
+# Documents are split into chunks for two reasons: a fraction of the chunks is held out, and the
+# tokenizer fails on some very long texts, such as a million spaces. We split before a space or line
+# break that follows something visible:
 #
 #     The cat| sat on the mat.
 #
-# No token of GPT-2 goes on across such a place, so the pieces, tokenized one by one, have the
-# tokens of the whole text. Threads share the work in pieces. Some pieces are held out to validate
-# on. And the tokenizer, which fails at some texts of a million characters, such as one of spaces,
-# never sees so many at once.
-PIECE = 8192  # characters
-CUT = re.compile(r"(?<=\S)[ \n]")
+# No token of GPT-2 crosses such a place, so the chunks have the same tokens as the whole document.
+CHUNK = 8192  # characters
+BOUNDARY = r"(?<=\S)(?=[ \n])"
 
 
-def cut(text, size):
-    """Yields the pieces of a text, each of size to 2 * size characters; the last may be shorter.
-    Where there is no place to cut, as in a long run of spaces, we cut all the same: the tokens on
-    both sides may then differ from those of the whole text."""
-    begin = 0
-    while len(text) - begin > 2 * size:
-        place = CUT.search(text, begin + size, begin + 2 * size)
-        end = place.start() if place else begin + 2 * size
-        yield text[begin:end]
-        begin = end
-    yield text[begin:]
+def split_document(text, size):
+    """Returns chunks of size to 2 * size characters; the last one may be shorter. Where a text has
+    no boundary, as in a long run of spaces, a chunk ends anywhere, and its tokens may differ."""
+    # The shortest chunk that ends at a boundary, if enough text is left for the next one.
+    ends_at_boundary = rf".{{{size},{2 * size}}}?{BOUNDARY}(?=.{{{size}}})"
+    return re.findall(rf"{ends_at_boundary}|.{{1,{2 * size}}}", text, re.DOTALL)
 
 
-def divide(documents, val_share, size=PIECE):
-    """Yields (split, begins, piece) for all pieces of the documents: the split, "train" or "val",
-    that a piece is used in, and whether a document begins with it.
-
-    val_share is how much of the text is to be held out, 0.01 for example: a piece goes to "val"
-    whenever less than that share of the characters so far has. So what is held out comes from
-    everywhere in the text. (Also from the middle of a document: training sees its neighbors, but
-    not the piece itself.) It is never more than a fifth, even of a text of a few pieces, unless
-    val_share asks for more.
+def own_chunks(names):
+    """Yields the chunks of your own files, and of all files in your folders except hidden ones, for
+    tokenize(). One chunk in a hundred is held out for validation, and one in ten of a small text.
     """
-    most = max(val_share, 0.2)
-    seen = 0
-    held_out = 0
-    for document in documents:
+    paths = []
+    for name in names:
+        # ** does not match hidden files and folders, such as .git.
+        inside = sorted(glob.glob(f"{glob.escape(name)}/**", recursive=True))
+        paths += [Path(path) for path in inside or [name] if not os.path.isdir(path)]
+    size = sum(path.stat().st_size for path in paths)  # bytes
+    every = 10 if size <= 10e6 else 100
+    # A small text gets small chunks, so that there are about two hundred.
+    chunk_size = max(500, min(CHUNK, size // 200))
+    held_out = None
+    for document in read_files(paths):
         previous = None
-        for piece in cut(document, size):
-            split = "train"
-            room = most * (seen + len(piece)) - held_out
-            if held_out < val_share * seen and len(piece) <= room:
-                split = "val"
-            # A document begins, too, where the piece before went to the other split: the shard has
-            # nothing of it, so this piece does not go on from anything there.
-            yield split, split != previous, piece
+        for chunk in split_document(document, chunk_size):
+            # The hash decides, so that copies of a book are held out at the same places. A held-out
+            # chunk with a copy in the training data would only measure memorization. (Two editions
+            # of a book have different hashes: remove near-duplicates yourself.)
+            group = int(hashlib.sha256(chunk.encode()).hexdigest(), 16) % every
+            if held_out is None:
+                held_out = group  # so at least the first chunk is held out
+            split = "val" if group == held_out else "train"
+            # A chunk that does not continue the one before it in its shard gets a separator.
+            yield split, split != previous, chunk
             previous = split
-            seen += len(piece)
-            if split == "val":
-                held_out += len(piece)
 
 
 # -------------------------------------------------------------------------------------------------
-# 3. Tokenizing
+# 3. Tokenization
 
-def tokenize(pieces):
-    """Turns an iterator of (split, begins, piece) into one of (split, ids), in the same order."""
-    # tiktoken is OpenAI's tokenizer.
-    import tiktoken
+def gpt2_tokenizer():
+    """Returns tiktoken's encoding of GPT-2. Raises OSError if its vocabulary, 1.5 MB, is neither on
+    this machine nor can be downloaded."""
+    import tiktoken  # OpenAI's tokenizer; here, because the default run does not need it
+
+    # The nodes of a cluster share the home folder, but not the temporary one that tiktoken prefers.
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", os.path.expanduser("~/.cache/tiktoken"))
     try:
-        tokenizer = tiktoken.get_encoding("gpt2")
-    except OSError as error:  # it downloads the vocabulary, 1.5 MB, the first time
-        sys.exit(f"error: tiktoken cannot load GPT-2's vocabulary ({error}): go online once, "
-                 "or set TIKTOKEN_CACHE_DIR to a folder that has it")
-
-    def encode(piece):
-        split, begins, text = piece
-        # disallowed_special: in somebody's text the word "<|endoftext|>" is only a word.
-        ids = tokenizer.encode_to_numpy(text, disallowed_special=())
-        return split, np.append(END_OF_TEXT, ids) if begins else ids
-
-    # Python runs one thread at a time, the one that holds its lock (the GIL). But tiktoken gives
-    # the lock back while it works, so threads do run side by side, and need no copies of texts and
-    # ids, as processes would. map() would read all pieces before it gives a result: so we pass it
-    # a thousand at a time.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while batch := list(itertools.islice(pieces, 1000)):
-            yield from pool.map(encode, batch)
+        return tiktoken.get_encoding("gpt2")
+    except OSError:
+        raise OSError("GPT-2's vocabulary cannot be downloaded: go online once, or set "
+                      "TIKTOKEN_CACHE_DIR to a folder that contains it") from None
 
 
-def first_shard_held_out(stream):
-    """Divides FineWeb as llm.c does: its first 100M tokens are for validation."""
-    room = SHARD_TOKENS
-    for _, ids in stream:
-        yield "val", ids[:room]
-        yield "train", ids[room:]
-        room = max(0, room - len(ids))
-
-
-def refuse_shards(folder):
-    """Ends the program if the folder has shards: they may be the work of hours."""
-    if any(folder.glob("*.bin")):
-        sys.exit(f"error: {folder} holds shards already: move them away or give another --out")
-
-
-def make_shards(stream, folder, prefix, shards):
-    """Writes a stream of (split, ids) as shards; `shards` is the most to train on, None is all."""
-    val = ShardWriter(folder, f"{prefix}_val", 0)
-    train = ShardWriter(folder, f"{prefix}_train", 1)
-    with tqdm(unit=" tokens", unit_scale=True, disable=None) as progress:
-        for split, ids in stream:
-            writer = val if split == "val" else train
-            writer.add(ids)
-            progress.update(len(ids))
-            if shards and train.index > shards:  # index is the number of the next shard
-                train.count = 0  # what the buffer holds would be one shard too many
-                break
-    for writer in (val, train):
-        # A sequence of the smallest model, tiny, has 128 tokens, and one more to predict.
-        if not writer.written and writer.count < 129:
-            sys.exit(f"error: too little text: {writer.name} has {writer.count} tokens and needs "
-                     "129, so give more text or another --val_share")
-    # Another run may have finished in the meantime.
-    refuse_shards(folder)
-    # Both on the disk before one has its name: the disk may be full.
-    val.flush()
-    train.flush()
-    val.finish()
-    train.finish()
+def tokenize(chunks, vocabulary):
+    """Turns an iterator of (split, is_start, chunk) into one of (split, ids). A chunk that starts a
+    document gets a separator. vocabulary: "bytes" or "gpt2"."""
+    # A thousand at a time: tiktoken distributes them over threads, and they fit in memory.
+    while batch := list(itertools.islice(chunks, 1000)):
+        texts = [text for _, _, text in batch]
+        if vocabulary == "bytes":
+            encoded = [text.encode() for text in texts]
+        else:
+            # "ordinary": the characters <|endoftext|> in a web page are not the special token.
+            encoded = gpt2_tokenizer().encode_ordinary_batch(texts)
+        for (split, is_start, _), ids in zip(batch, encoded, strict=True):
+            if is_start:
+                yield split, [VOCAB_SIZE[vocabulary] - 1]
+            yield split, ids
 
 
 # -------------------------------------------------------------------------------------------------
-# 4. Downloading
-
-# For each -t and -v: the dataset on the hub that has ready shards, and how their names begin.
-READY = {
-    ("classic", "10B"): ("kjj0/fineweb10B-gpt2", "fineweb"),
-    ("classic", "100B"): ("kjj0/fineweb100B-gpt2", "fineweb"),
-    ("edu", "10B"): ("kjj0/finewebedu10B-gpt2", "finewebedu"),
-}
-# For each -t: the dataset that has the raw text, and llm.c's name for the shards made of it.
-RAW = {
-    "classic": ("HuggingFaceFW/fineweb", "fineweb"),
-    "edu": ("HuggingFaceFW/fineweb-edu", "edu_fineweb"),
-}
-
+# 4. Downloads
 
 def download(repo, patterns, folder):
-    """Downloads the files of a dataset that match the patterns, 8 at a time, unless they are there.
-    Ends the program in one line if the hub, the network or the disk fails."""
+    """Downloads the files of a data set that match the patterns and are not there yet. Ends the
+    program with one line if that fails."""
     from huggingface_hub import HfApi, snapshot_download
     try:
-        # This fails if the hub cannot be reached. snapshot_download() does not: it takes what is in
-        # the folder for the whole.
+        # Offline, this fails. snapshot_download() would return a half-filled folder as complete.
         commit = HfApi().dataset_info(repo, revision="main").sha
         snapshot_download(repo, repo_type="dataset", revision=commit, allow_patterns=patterns,
                           local_dir=folder)
     except Exception as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        sys.exit(f"error: {repo}: {reason} (check the connection, the disk, and HF_ENDPOINT and "
-                 "HF_TOKEN if you set them; then run this command again: whole files are kept)")
+        sys.exit(f"error: {repo}: {reason} (check the network, the disk, HF_ENDPOINT, and "
+                 "HF_TOKEN; then run the same command again: complete files are kept)")
 
 
-def download_ready(repo, folder, shards):
-    """Downloads shards into the folder: one for validation, and some or all to train on."""
-    patterns = ["*.bin"]
-    if shards:
-        patterns = [f"*_{i:06d}.bin" for i in range(shards + 1)]
-    download(repo, patterns, folder)
-
-
-def download_raw(repo, version, folder, shards):
-    """Downloads FineWeb's raw files into the folder and returns their paths."""
-    # The sample of 10B has 15 files of 2 GB. One makes more than 6 shards, so a few shards need few
-    # files; the + 1 covers the validation shard and the rounding.
-    names = ["*.parquet"]
-    if shards:
-        names = [f"{i:03d}_*.parquet" for i in range(shards // 6 + 1)]
+def raw_chunks(repo, version, folder, shards):
+    """Yields the chunks of raw FineWeb for tokenize(), after downloading enough whole files for
+    `shards` training shards; 0 means all files."""
+    # A file of 2 GB makes 6 to 7 shards. The + 1 covers the validation shard, and rounds up.
+    numbers = [f"{i:03d}" for i in range(shards // 6 + 1)] if shards else ["*"]
     sample = f"sample/{version}T"
-    download(repo, [f"{sample}/{name}" for name in names], folder)
-    return sorted((folder / sample).glob("*.parquet"))
+    download(repo, [f"{sample}/{number}_*.parquet" for number in numbers], folder)
+    for document in read_files(sorted((folder / sample).glob("*.parquet"))):
+        for i, chunk in enumerate(split_document(document, CHUNK)):
+            yield "train", i == 0, chunk
 
 
 # -------------------------------------------------------------------------------------------------
 # 5. The command line
 
-def say_what_next(folder, prefix):
-    """Prints how many tokens the shards have, and the command that trains on them."""
-    tokens = {}
-    for split in ("train", "val"):
-        sizes = [path.stat().st_size for path in folder.glob(f"{prefix}_{split}_*.bin")]
-        tokens[split] = (sum(sizes) - 4 * HEADER_INTS * len(sizes)) // 2
-    print(f"{folder}: {tokens['train']:,} tokens to train on, {tokens['val']:,} held out")
+def print_next_command(folder, name):
+    """Prints the number of tokens, and the command that trains on them."""
+    # The folder's name may contain spaces or brackets.
+    pattern = f"{glob.escape(str(folder))}/{name}_train_*.bin"
+    _, lengths, vocab_size = find_shards(pattern)
+    tokens = sum(lengths)
+    print(f"{folder}: {tokens:,} training tokens")
 
-    # Your own text may be read 4 times: until then it is worth nearly as much as new text, and
-    # afterwards little (https://arxiv.org/abs/2305.16264). Of FineWeb there is always more.
-    tokens_to_read = tokens["train"] * (4 if prefix == "text" else 1)
-    # A model wants about 20 tokens for each parameter (https://arxiv.org/abs/2203.15556): d24, with
-    # 330M, wants 7 billion, and d12, with 116.5M, 2.3 billion. The only smaller model, tiny, has 7M
-    # with GPT-2's vocabulary, and is soon too small. So d12 gets all from 100M tokens on.
-    model, step = "tiny", 2048  # tokens a step
-    if tokens["train"] >= 0.1e9:
-        model, step = "d12", 524_288
-    if tokens_to_read >= 7e9:
-        model = "d24"
-    # In fewer than some hundred steps a model hardly learns. So a step of a small text has fewer
-    # tokens, down to the 128 that tiny reads in a row.
-    while step > 128 and tokens_to_read < 300 * step:
+    # Repeating a text up to 4 times is nearly as good as new text, and more helps little
+    # (https://arxiv.org/abs/2305.16264). FineWeb has enough new text.
+    budget = tokens * (4 if name == "text" else 1)
+    # About 20 tokens per parameter are compute-optimal (https://arxiv.org/abs/2203.15556): 6.6
+    # billion for d24's 330M parameters, and 16 million, 8,000 steps, for byte-level tiny's 0.8M.
+    # d12 starts earlier than at its 2.3 billion, because no size lies between tiny and d12.
+    model, step, max_steps = "tiny", 2048, 8000
+    if tokens >= 100e6 and vocab_size != VOCAB_SIZE["bytes"]:
+        model = "d24" if budget >= 6.6e9 else "d12"
+        step, max_steps = 524_288, 19_073
+    # A model hardly learns in fewer than 300 steps, so a small text gets smaller ones.
+    while step > 128 and budget < 300 * step:
         step //= 2
-    # 19,073 steps are the 10 billion tokens of the sample. Of tiny they are 39 million, half an
-    # hour on two cores, and nobody has to wait for more.
-    num_iterations = min(19_073, tokens_to_read // step)
-    # If the folder's name has brackets or spaces, escape() and quote() see to it that the command
-    # still means this folder.
-    pattern = shlex.quote(f"{glob.escape(str(folder))}/{prefix}_train_*.bin")
-    print(f"Next:\n    python train_gpt2.py --model {model} --input_bin {pattern} "
-          f"--total_batch_size {step} --num_iterations {num_iterations}")
-    if tokens_to_read < 100_000_000:
-        # Nobody learns English from a book or two.
-        print(f"So little text teaches more to a model that can write already, OpenAI's:\n"
-              f"    pip install transformers\n"
-              f"    python train_gpt2.py --init_from gpt2 --input_bin {pattern} --sequence_length "
-              f"128 --total_batch_size {step} --num_iterations {num_iterations}")
-
-
-def between(kind, low, high=math.inf):
-    """An argparse type: a number of this kind, int or float, from low to high."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in the range from {low} to {high}")
-        return value
-
-    parse.__name__ = kind.__name__  # what argparse calls it, if it is no number at all
-    return parse
+    print(f"Next:\n    python train_gpt2.py --model {model} --input_bin {shlex.quote(pattern)} "
+          f"--total_batch_size {step} --num_iterations {min(max_steps, budget // step)} "
+          f"--output_dir {shlex.quote(f'log_{folder.name}')}")
 
 
 def main(argv):
-    """Does what the command line asks for."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("-v", "--version", choices=["10B", "100B"], default="10B", help="tokens in the sample")
     add("-t", "--type", choices=["classic", "edu"], default="classic", help="which FineWeb")
-    add("--shards", type=between(int, 1),
-        help="at most so many shards to train on, of 100M tokens each")
+    add("--shards", type=int, default=0, help="training shards (100M tokens) to get; 0: all")
     add("--tokenize", action="store_true", help="download the raw text and tokenize it here")
     add("--input", nargs="+", metavar="FILE", help="your own files or folders")
-    add("--val_share", type=between(float, 0.0001, 0.9999),
-        help="share of --input held out for validation (default: a tenth of up to 10 MB, a "
-             "hundredth of more)")
-    add("--out", type=Path, metavar="DIR", help="folder for shards (default: like fineweb10B)")
+    add("--bytes", action="store_true", help="make byte-level shards of --input")
+    add("--out", type=Path, metavar="DIR", help="folder for the shards (default: like fineweb10B)")
     args = parser.parse_args(argv)
-    ready = not args.input and not args.tokenize
-    if args.input and not args.out:
-        parser.error("--input needs --out, a folder for its shards")
-    if ready and (args.type, args.version) not in READY:
-        parser.error("nobody has 100B tokens of FineWeb-Edu ready: add --tokenize, or -v 10B")
+    if args.input and not args.out or args.bytes and not args.input:
+        parser.error("--input needs --out, a folder for the shards, and --bytes needs --input")
 
-    repo, prefix = RAW[args.type]
-    folder = args.out or Path(f"{prefix}{args.version}")
-    # Shards are not to be written over, unless they are the hub's and the download goes on: the
-    # hub's library leaves a folder .cache beside them.
-    if not (ready and (folder / ".cache").exists()):
-        refuse_shards(folder)
-    make_folder(folder)
-    if args.input:
-        prefix = "text"
-        files = find_files(args.input)
-        size = sum(path.stat().st_size for path in files)  # bytes
-        # A hundredth of a small text would be too little to validate on. And a small text is cut
-        # into small pieces, a hundred if they are not too short, so that several are held out.
-        val_share = args.val_share or (0.1 if size <= 10e6 else 0.01)
-        pieces = divide(read_files(files), val_share, max(500, min(PIECE, size // 100)))
-        make_shards(tokenize(pieces), folder, prefix, args.shards)
+    name = "finewebedu" if args.type == "edu" else "fineweb"
+    folder = args.out or Path(f"{name}{args.version}")
+    pretokenized = not args.input and not args.tokenize
+    # Never overwrite shards. A folder with the hub's .cache is a download that may continue.
+    if folder.exists() and not (pretokenized and (folder / ".cache").exists()):
+        sys.exit(f"error: {folder} exists: choose another folder with --out, or delete it")
+    vocabulary = "bytes" if args.bytes else "gpt2"
+    if vocabulary == "gpt2":
+        # Pretokenized shards don't need the vocabulary, but samples during training do, and the
+        # compute nodes of a cluster may have no network.
+        try:
+            gpt2_tokenizer()
+        except OSError as error:
+            if not pretokenized:
+                sys.exit(f"error: {error}")
+            print(f"NOTE: training will print no samples: {error}")
+
+    if pretokenized:
+        # Shard 0 is for validation.
+        files = [f"*_{i:06d}.bin" for i in range(args.shards + 1)] if args.shards else ["*.bin"]
+        download(f"kjj0/{name}{args.version}-gpt2", files, folder)
     elif args.tokenize:
-        paths = download_raw(repo, args.version, folder / "raw", args.shards)
-        # divide() holds nothing out: first_shard_held_out() does, once there are tokens to count.
-        pieces = divide(read_files(paths), val_share=0)
-        make_shards(first_shard_held_out(tokenize(pieces)), folder, prefix, args.shards)
+        repo = "HuggingFaceFW/fineweb-edu" if args.type == "edu" else "HuggingFaceFW/fineweb"
+        chunks = raw_chunks(repo, args.version, Path(f"{folder}_raw"), args.shards)
+        # As in llm.c, the first 100 million tokens are held out, so that losses can be compared.
+        write_shards(folder, name, chunks, vocabulary, first=0)
     else:
-        repo, prefix = READY[args.type, args.version]
-        download_ready(repo, folder, args.shards)
-    say_what_next(folder, prefix)
+        name = "text"
+        write_shards(folder, name, own_chunks(args.input), vocabulary)
+    print_next_command(folder, name)
 
 
 if __name__ == "__main__":
-    # A character of a file's name that the terminal lacks becomes a "?".
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-        sys.stdout.reconfigure(errors="replace")
-    # Ctrl-C, and a reader of our output that leaves (| head), end the program at once. Otherwise
-    # the hub's library would first download what it has begun, which can take hours.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if hasattr(signal, "SIGPIPE"):  # not on Windows
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main(sys.argv[1:])
