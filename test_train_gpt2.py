@@ -1476,7 +1476,8 @@ def test_exported_models_are_the_same_elsewhere(kind, arch, convert, openai_toke
     assert tokenizer(f"<|endoftext|>{text}")["input_ids"] == [50256, *encode(text)]
     config = json.loads(Path("my out/config.json").read_text())
     assert config["eos_token_id"] == config["pad_token_id"] == tokenizer.pad_token_id == 50256
-    assert tokenizer.model_max_length == 64 and config["dtype"] == "float32"
+    assert tokenizer.model_max_length == theirs.generation_config.max_length == 64
+    assert config["dtype"] == "float32"
     # what llama.cpp and mlx-lm look for, and what fine-tuning would otherwise do
     gpt2 = dict(n_ctx=64, resid_pdrop=0, attn_pdrop=0)
     assert config == config | (gpt2 if kind == "GPT2" else dict(rope_theta=10000))
