@@ -194,18 +194,6 @@ def convert():
     return importlib.import_module("convert")
 
 
-@pytest.mark.parametrize("arch", [GPT2_ARCH, {"qk_norm": False}, {}, {"n_kv_head": 1}],
-                         ids=["GPT-2", "Llama", "Qwen3", "Qwen3, one key/value head"])
-@torch.no_grad()
-def test_logits_equal_those_of_transformers(arch, convert):
-    """The same parameters, gains and biases included, give the same logits in transformers."""
-    model = tiny_model(shake=0.1, n_embd=64, **arch)
-    theirs = convert.to_transformers(model.config, model.state_dict())
-    ours = model(random_ids(2, 32))
-    # close to zero the comparison would mean little
-    assert ours.std() > 0.5 and (ours - theirs(random_ids(2, 32)).logits).abs().max() < 1e-4
-
-
 def test_rope_depends_on_distance_alone():
     """One query and one key at all times, in three heads: only their distance counts."""
     torch.manual_seed(0)
@@ -1531,29 +1519,33 @@ def openai_tokenizer():
 
 
 @pytest.mark.parametrize("kind, arch", [
-    ("Qwen3", {}), ("Llama", {"qk_norm": False}), ("GPT2", GPT2_ARCH)])
+    ("Qwen3", {}), ("Qwen3", {"n_kv_head": 1}), ("Llama", {"qk_norm": False}), ("GPT2", GPT2_ARCH)])
 @torch.no_grad()
 def test_exported_models_are_the_same_elsewhere(kind, arch, convert, openai_tokenizer):
     """transformers opens the folder by itself: the same logits, text and ids, and nothing twice."""
     import transformers
-    model = tiny_model(shake=0.1, vocab_size=50257, block_size=64, **arch)
+    # gains are not 1, and biases not 0
+    model = tiny_model(shake=0.1, vocab_size=50257, block_size=64, n_embd=64, **arch)
     save_model("best.pt", model)
     convert.main(["best.pt", "my out"])
     theirs = transformers.AutoModelForCausalLM.from_pretrained("my out").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained("my out")
     assert type(theirs).__name__.startswith(kind)
     x = random_ids(3, 48, below=50257)
-    assert (model(x) - theirs(x).logits).abs().max() < 1e-4
+    logits = model(x)
+    # close to zero the comparison would mean little
+    assert logits.std() > 0.5 and (logits - theirs(x).logits).abs().max() < 1e-4
     # without rows that only pad our embedding matrix
     count = sum(p.numel() for p in model.parameters())
-    assert theirs.num_parameters() == count - 32 * (len(model.lm_head.weight) - 50257)
+    assert theirs.num_parameters() == count - 64 * (len(model.lm_head.weight) - 50257)
     # the tokenizer has our ids, and the model knows where a text ends
     encode, _ = train_gpt2.load_tokenizer("gpt2")
     text = "it's naïve:\n\n    def f(x): return 1234567 \U0001f642\u200d \x00 ...!?"
     assert tokenizer(f"<|endoftext|>{text}")["input_ids"] == [50256, *encode(text)]
     config = json.loads(Path("my out/config.json").read_text())
     assert config["eos_token_id"] == config["pad_token_id"] == tokenizer.pad_token_id == 50256
-    assert tokenizer.model_max_length == 64 and config["dtype"] == "float32"
+    assert tokenizer.model_max_length == theirs.generation_config.max_length == 64
+    assert config["dtype"] == "float32"
     # what llama.cpp and mlx-lm look for, and what fine-tuning would otherwise do
     gpt2 = dict(n_ctx=64, resid_pdrop=0, attn_pdrop=0)
     assert config == config | (gpt2 if kind == "GPT2" else dict(rope_theta=10000))
