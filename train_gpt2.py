@@ -387,7 +387,7 @@ class GPT(nn.Module):
         """
         inputs = "wte", "wpe", "c_q", "c_k", "c_v", "c_gate", "c_up", "c_fc"
         for name, p in self.named_parameters():
-            layer = name.split(".")[-2]
+            layer = f".{name}".split(".")[-2]
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif layer.startswith("ln_") or layer.endswith("_norm"):
@@ -1226,8 +1226,8 @@ def load_checkpoint(path):
         # weights_only: a checkpoint is data and may come from anybody; never run code from it
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises a dozen types and does not name the file
-        sys.exit(f"error: {path} cannot be read as a checkpoint: {type(e).__name__}: "
-                 f"{str(e).splitlines()[0]}")
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        sys.exit(f"error: {path} cannot be read as a checkpoint: {reason}")
 
 
 def load_run(args, model, optimizers, train_data):
@@ -1243,7 +1243,9 @@ def load_run(args, model, optimizers, train_data):
     # the position in the data depends on two of these, the optimizer state on the third
     fixed = [name for name in ("total_batch_size", "seed", "optimizer") if name in differ]
     if checkpoint["config"] != asdict(model.config):
-        fixed.append("the model")
+        fixed.append("model")
+    if checkpoint["step"] > args.num_iterations:
+        fixed.append("num_iterations")
     if fixed:
         sys.exit(f"error: {path} needs the {', '.join(fixed)} it began with: {stored['command']}")
     notes = [f"--{name} {value} (was {stored.get(name)})" for name, value in differ.items()
