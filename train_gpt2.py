@@ -373,8 +373,7 @@ class GPT(nn.Module):
         # an id's logit is the dot product of the final vector with the id's own row. Ids used in
         # similar contexts get similar rows, which helps at both ends. Untied, d12 would have 155M
         # parameters instead of 116.5M. Untrained tiny predicts that each byte repeats, because its
-        # blocks add little and a row matches itself best. Bytes do repeat, so its loss starts at
-        # 5.22 rather than ln 257 = 5.55.
+        # blocks add little and a row matches itself best. Bytes do, so its loss starts at 5.22.
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
@@ -511,7 +510,6 @@ class TokenLoader:
 
     def batch(self, first, count, device):
         """Sequences first ... first + count - 1 of the run: x and y, (count, T) int64 on device."""
-        device = torch.device(device)
         tokens = np.empty((count, self.T + 1), np.int64)
         for i in range(count):
             shard, row = self.locate(first + i)
@@ -522,7 +520,7 @@ class TokenLoader:
                 sys.exit(f"error: {self.paths[shard]} contains id {tokens[i].max()}, but its "
                          f"vocabulary has {self.vocab_size}: make it again with fineweb.py")
         tokens = torch.from_numpy(tokens)
-        if device.type == "cuda":
+        if "cuda" in str(device):
             # the CPU does not wait for this copy, because pinned memory cannot be swapped out
             tokens = tokens.pin_memory().to(device, non_blocking=True)
         tokens = tokens.to(device)
@@ -918,7 +916,6 @@ def train(args, signals=()):
         save_checkpoint(folder / name, state)
 
     # ---- The training loop. One extra iteration evaluates the final weights.
-    stopped = False
     for step in range(first_step, args.num_iterations + 1):
         last = step == args.num_iterations
 
@@ -979,8 +976,7 @@ def train(args, signals=()):
         # Python queues kernels and runs ahead of the GPU. .item() waits until the queue is empty,
         # so the clock then shows the whole step. It leaves the GPU idle, so call it once per step.
         train_loss = train_loss.item()
-        # All ranks share the mean loss and the number of signals, so if one rank is told to stop,
-        # all stop after the same step.
+        # All ranks share the mean loss and the number of signals, so they stop after the same step.
         loss_sum, num_signals = all_sum([train_loss, len(signals)], device)
         train_loss = loss_sum / world_size
         seconds = time.time() - t0
@@ -996,11 +992,10 @@ def train(args, signals=()):
         # Told to stop? Save without validating, because a scheduler may kill the job in 30 s.
         if num_signals > 0:
             save("last.pt", step + 1)
-            stopped = True
             break
 
-    print_end(args, step, stopped, best_val_loss, time.time() - start_time, tokenizer, device)
-    return stopped
+    print_end(args, step, last, best_val_loss, time.time() - start_time, tokenizer, device)
+    return not last
 
 
 # =================================================================================================
@@ -1028,10 +1023,7 @@ def pick_device(name=None, local_rank=0):
 
 
 def start_process(device_name):
-    """Returns this process's rank, world_size (the number of processes), and its device.
-
-    A process started by torchrun joins the others; any other runs alone.
-    """
+    """Joins torchrun's other processes, if any. Returns this one's rank, world_size, and device."""
     rank, local_rank, world_size = 0, 0, 1
     if dist.is_torchelastic_launched():
         names = "RANK", "LOCAL_RANK", "WORLD_SIZE"
@@ -1043,8 +1035,7 @@ def start_process(device_name):
         # NCCL connects GPUs; gloo connects CPUs. Ranks wait up to an hour for a slow one, because
         # rank 0 may be writing a large checkpoint to a slow disk.
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        hour = datetime.timedelta(hours=1)
-        dist.init_process_group(backend, timeout=hour, device_id=device_id)
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=1), device_id=device_id)
     return rank, world_size, device
 
 
@@ -1104,17 +1095,17 @@ def pick_batch_size(args, model, device, dtype, compiled, world_size):
         return args.batch_size
     tokens = 4096  # enough to keep a CPU busy
     if device.type == "cuda":
-        # Bytes in use at the peak of a step. Per parameter they are 20: weight, gradient, optimizer
-        # state, bf16 copy, DDP's buffer. The others were fitted to d12 to d48, run on a stand-in
-        # for the CUDA driver with PyTorch's real allocator; no GPU was at hand.
+        # Bytes in use at the peak of a step: per parameter 20 (weight, gradient, optimizer state,
+        # bf16 copy, DDP's buffer). The others were fitted to d12 to d48 with PyTorch's allocator on
+        # a stand-in for the CUDA driver, not on a GPU.
         c = model.config
         num_params = sum(p.numel() for p in model.parameters())
         per_channel, per_logit = (35, 2.2) if compiled else (61, 12.3)
         per_token = per_channel * c.n_layer * c.n_embd + per_logit * c.vocab_size
         if dtype == "float32":
             per_token *= 2
-        # Leave a tenth free, and half a gigabyte for CUDA. More than 32,768 tokens at a time would
-        # make d12 about 1% faster, by its launches and a roofline model.
+        # Leave a tenth free, and half a gigabyte for CUDA. More than 32,768 tokens would save about
+        # 1% of d12's time, by a roofline model.
         memory = torch.cuda.get_device_properties(device).total_memory
         tokens = min((0.9 * memory - 0.5e9 - 20 * num_params) / per_token, 32768)
     fitting = max(1, tokens // args.sequence_length)
@@ -1126,17 +1117,16 @@ def flops_per_token(model):
     """Floating-point operations (FLOPs) to train on one token of a sequence of block_size tokens.
 
     Each parameter of a matmul takes a multiplication and an addition in the forward pass, and twice
-    as many in the backward pass, for the gradients of the parameter and of its input: 6 in all. An
-    embedding that is only looked up takes none. In each layer, q k^T and the weighted average of
-    the values take 12 C T more (PaLM, https://arxiv.org/abs/2204.02311, appendix B, which also
-    counts the masked half). For d12 that is 6 * 116.5M + 12 * 12 * 768 * 1024 = 812 million, so
-    4.26e14 per step. An H100's peak is 989e12 per second in bf16; reaching 40 to 60% of it (MFU,
-    model FLOPs utilization) is good.
+    as many in the backward pass, for the gradients of the parameter and of its input: 6 in all.
+    Looking up an embedding takes none. In each layer, q k^T and the weighted average of the values
+    take 12 C T more (PaLM, https://arxiv.org/abs/2204.02311, appendix B, which also counts the
+    masked half). For d12 that is 6 * 116.5M + 12 * 12 * 768 * 1024 = 812 million, so 4.26e14 per
+    step. 40 to 60% of a GPU's peak is a good share (MFU, model FLOPs utilization); an H100's peak
+    in bf16 is 989 TFLOP/s.
     """
     c = model.config
-    lookups = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    matmuls = (set(model.parameters()) - lookups) | {model.lm_head.weight}
-    num_params = sum(p.numel() for p in matmuls)
+    num_params = sum(p.numel() for p in model.transformer.h.parameters())
+    num_params += model.lm_head.weight.numel()
     return 6 * num_params + 12 * c.n_layer * c.n_embd * c.block_size
 
 
@@ -1150,9 +1140,8 @@ def open_data(args):
     if rank == 0 and world_size > 1:
         dist.barrier()
     T = args.sequence_length
-    folder_and_name = pattern.rpartition("_train_")[0]
     train_data = TokenLoader(pattern, T, args.seed)
-    val_data = TokenLoader(f"{folder_and_name}_val_*.bin", T)
+    val_data = TokenLoader(f"{pattern.rpartition('_train_')[0]}_val_*.bin", T)
     for data, needed in (train_data, args.total_batch_size // T), (val_data, 1):
         if data.total < needed:
             sys.exit(f"error: {data.paths[0]}: {data.total} sequences of {T} tokens, {needed} are "
@@ -1165,8 +1154,7 @@ def open_data(args):
 
 def make_model(args, vocab_size, device):
     """The GPT that the flags ask for, with random weights, or the model in --init_from."""
-    names = [field.name for field in fields(GPTConfig)]
-    config = {name: getattr(args, name) for name in names if name in args}
+    config = {f.name: getattr(args, f.name) for f in fields(GPTConfig) if f.name in args}
     config |= {"block_size": args.sequence_length, "vocab_size": vocab_size}
     if args.init_from:
         checkpoint = load_checkpoint(args.init_from)
@@ -1233,8 +1221,7 @@ def load_checkpoint(path):
 def load_run(args, model, optimizers, train_data):
     """Restores last.pt. Returns its step, and its last and its lowest validation loss.
 
-    Settings come from the new command. The run ends if one changed that must not; other changes
-    are printed.
+    Settings come from the new command; changed ones are printed, or end the run if they must not.
     """
     path = Path(args.output_dir, "last.pt")
     checkpoint = load_checkpoint(path)
@@ -1287,11 +1274,11 @@ def print_step(args, step, loss, lr, norm, seconds, model, world_size):
            f"{tflops:.3g} TFLOP/s | {minutes_left:.1f} min left")
 
 
-def print_end(args, step, stopped, best_val_loss, seconds, tokenizer, device):
+def print_end(args, step, finished, best_val_loss, seconds, tokenizer, device):
     """Prints how the run ended and what to type next."""
     if device.type == "cuda":
         print0(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    if stopped:
+    if not finished:
         print0(f"stopped after {step + 1} steps; all of them are saved. To continue:\n"
                f"    {args.command}{'' if args.resume else ' --resume'}")
         return
@@ -1309,8 +1296,7 @@ def catch_signals():
         signals.append(number)
         # a second Ctrl-C ends the program immediately
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        # os.write, because the signal may interrupt a print(). It may fail, because Ctrl-C also
-        # ends a tee that reads our output.
+        # The signal may interrupt a print(), and Ctrl-C also ends a tee that reads our output.
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping after this step; press Ctrl-C again to stop immediately\n")
 
@@ -1352,9 +1338,8 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=50, generator=No
     """Yields up to max_new_tokens ids that continue the list ids; stops before <|endoftext|>.
 
     temperature: below 1 favors likely ids, above 1 flattens the distribution. top_k: sample only
-    from the k likeliest ids. Without it, one of 50,000 unlikely ids is sampled now and then, and
-    the text derails. Recomputes the whole sequence for each token: a KV cache would be faster but
-    take much more code.
+    from the k likeliest ids, because now and then one of 50,000 unlikely ids would derail the text.
+    Recomputes the sequence for each token: a KV cache would be faster but take much more code.
     """
     x = torch.tensor([ids], device=model.lm_head.weight.device)  # (1, T)
     for _ in range(max_new_tokens):
@@ -1403,7 +1388,7 @@ def parse_args(argv):
     """Returns the settings. Typed flags win over --arch, then --recipe, then the preset."""
     show_as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=show_as_written)
-    # one line; argparse would print a page of usage before it
+    # one line, without argparse's page of usage
     parser.error = lambda message: sys.exit(f"error: {message}; see --help")
     add = parser.add_argument
     on_off = argparse.BooleanOptionalAction  # makes --qk_norm and --no-qk_norm
