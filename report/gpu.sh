@@ -55,8 +55,8 @@ else
         || stop "PyTorch sees no GPU: see $OUT/torch.log"
     if [ -z "$DATA" ]; then
         DATA='fineweb10B/fineweb_train_*.bin'
-        [ -e fineweb10B/fineweb_train_000001.bin ] || part fetch tokens python fineweb.py --shards 1 \
-            || stop "see $OUT/fetch.log"
+        [ -e fineweb10B/fineweb_train_000001.bin ] \
+            || part fetch tokens python fineweb.py --shards 1 || stop "see $OUT/fetch.log"
     fi
 fi
 
