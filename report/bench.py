@@ -1,19 +1,18 @@
 """
-How fast is a training step on this machine? Milliseconds, tokens a second, MFU and peak memory, in
-one table.
+How fast is a training step on this machine? Prints a table of milliseconds, tokens per second,
+TFLOP/s per GPU, and peak memory.
 
     python report/bench.py                       # tiny: today's recipe, and older ones
     python report/bench.py "d12" "d12 --arch gpt2 --recipe original --peer llm.c/train_gpt2.py"
     python report/bench.py --steps 5 "d24" "d24 --recipe original" "d24 --no-compile"
 
-Every argument is a contender: the name of a model, and any flags of train_gpt2.py. --peer FILE puts
-the class GPT of llm.c's train_gpt2.py or of nanoGPT's model.py in the place of ours, in the same
-shape, with its own optimizer; --dtype, --compile and the sizes of a step count for it too.
+Each argument is a contender: a model's name and flags of train_gpt2.py. --peer FILE replaces our
+model and optimizers by the class GPT in llm.c's train_gpt2.py or nanoGPT's model.py and its own
+optimizer, with the same shape, batch, autocast and torch.compile.
 
-A step is what train() does: all micro-batches, the clipping, the optimizers. Tokens are random, no
-corpus is needed. Contenders take turns step by step, so that a machine that slows down slows all of
-them. A figure is the median over the turns. Peak memory is what the step itself needs: what the
-other contenders keep is taken off. Run a model that fills a GPU alone.
+A step is that of train(): all micro-batches, clipping, and the optimizers, on random tokens.
+Contenders take turns step by step, so a machine that slows down slows all of them. Times are
+medians. Contenders share the GPU's memory, so run a model that fills it alone.
 """
 
 import argparse
@@ -38,23 +37,19 @@ DEFAULT = ["tiny", "tiny --recipe original", "tiny --arch gpt2 --recipe original
 
 def load_peer(path, config, args, device):
     """(model, optimizer) of another repository's GPT, in config's shape."""
-    if not Path(path).is_file():
-        sys.exit(f"error: --peer {path}: no such file; clone llm.c or nanoGPT, and name its "
-                 f"train_gpt2.py or model.py")
     spec = importlib.util.spec_from_file_location("peer", path)
     peer = importlib.util.module_from_spec(spec)
-    # its @dataclass finds its own module by name there
+    # its @dataclass looks its module up there
     sys.modules["peer"] = peer
     spec.loader.exec_module(peer)
-    # llm.c's switch for flash attention, which is off by default (nanoGPT ignores it)
+    # llm.c's switch for flash attention is off by default; nanoGPT has no such switch
     peer.FLASH = 1
     shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
-    # GPT-2's tokens it pads as it likes: to 50,257 in llm.c, to 50,304 in nanoGPT. Bytes it has to
-    # be told of.
+    # the default is GPT-2's vocabulary: 50,257 ids in llm.c, padded to 50,304 in nanoGPT
     if config.vocab_size != fineweb.VOCAB_SIZE["gpt2"]:
         shape["vocab_size"] = config.vocab_size
 
-    # moved after it is made: llm.c draws its weights on the CPU
+    # moved afterward, because llm.c initializes its weights on the CPU
     model = peer.GPT(peer.GPTConfig(**shape)).to(device)
     options = {"weight_decay": args.weight_decay, "learning_rate": args.learning_rate}
     options |= {"betas": (0.9, 0.95), "device_type": device.type}
@@ -62,12 +57,8 @@ def load_peer(path, config, args, device):
         options["zero_stage"] = 0
     return model, model.configure_optimizers(**options)
 
-def memory(device):
-    """Bytes that tensors take on the GPU now. 0 on anything else."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
 class Contender:
-    """One model with its optimizers and its batch, and the times of its steps."""
+    """A model with its optimizers and batch."""
 
     def __init__(self, spec):
         parser = argparse.ArgumentParser(add_help=False)
@@ -76,63 +67,60 @@ class Contender:
         own, flags = parser.parse_known_args(flags)
         args = train_gpt2.parse_args(["--model", model_name, *flags])
         if own.peer and args.arch != "gpt2":
-            # its operations are counted on our model of the same shape
             sys.exit(f"error: {spec}: a peer has GPT-2's architecture: add --arch gpt2")
+        self.is_peer = bool(own.peer)
         self.device = train_gpt2.pick_device(args.device)
-        dtype, self.autocast = train_gpt2.pick_autocast(args.dtype, self.device)
-        T = args.sequence_length
+        dtype = args.dtype or train_gpt2.pick_dtype(self.device)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16,
+                                       enabled=dtype == "bfloat16")
+        compiled = self.device.type == "cuda" if args.compile is None else args.compile
+        before = torch.cuda.memory_allocated()  # 0 without a GPU
 
-        # input_bin "" (tiny's) stands for Python's standard library as bytes, all else for
-        # GPT-2's tokens
+        # tiny's input_bin "" means a byte-level corpus
         vocab_size = fineweb.VOCAB_SIZE["gpt2" if args.input_bin else "bytes"]
-        config = train_gpt2.make_config(args, vocab_size)
-
-        # counted on the meta device, which knows shapes and holds no numbers
-        with torch.device("meta"):
-            counted = train_gpt2.GPT(config)
-        self.flops_per_token = train_gpt2.flops_per_token(counted)
-
-        before = memory(self.device)
-        torch.manual_seed(args.seed)
-        if own.peer:
-            self.model, optimizer = load_peer(own.peer, config, args, self.device)
+        # A peer's FLOPs are counted on our model of its shape. The meta device stores no numbers.
+        own_device = torch.device("meta") if self.is_peer else self.device
+        self.model = ours = train_gpt2.make_model(args, vocab_size, own_device)
+        self.flops_per_token = train_gpt2.flops_per_token(ours)
+        B = train_gpt2.pick_batch_size(args, ours, self.device, dtype, compiled, 1)
+        if self.is_peer:
+            self.model, optimizer = load_peer(own.peer, ours.config, args, self.device)
             self.optimizers = [optimizer]
         else:
-            with self.device:
-                self.model = train_gpt2.GPT(config)
             self.optimizers = train_gpt2.make_optimizers(
-                self.model, args.optimizer, args.learning_rate, args.weight_decay, dtype
+                ours, args.optimizer, args.learning_rate, args.weight_decay, dtype
             )
-        self.grad_clip = args.grad_clip or math.inf
-        self.is_peer = bool(own.peer)
-        compiled = train_gpt2.can_compile(args.compile, self.device)
         if compiled:
             self.model.compile(dynamic=False)
-        # llm.c's forward() returns (None, loss) if told that nobody wants the logits
+        # with it, llm.c's forward() does not keep the logits
         self.options = {}
         if "return_logits" in inspect.signature(self.model.forward).parameters:
             self.options = {"return_logits": False}
 
-        B = train_gpt2.pick_batch_size(args, self.device, dtype, compiled)
+        T = args.sequence_length
         self.tokens = args.total_batch_size
         self.grad_accum_steps = self.tokens // (B * T)
+        self.grad_clip = args.grad_clip or math.inf
         self.x, self.y = torch.randint(vocab_size, (2, B, T), device=self.device)
-        how = f"{dtype}, compiled" if compiled else dtype
-        self.name = f"{spec} ({B} x {T} x {self.grad_accum_steps}, {how})"
+        self.name = f"{spec} ({B} x {T} x {self.grad_accum_steps}, {dtype}"
+        self.name += ", compiled)" if compiled else ")"
 
-        # the first step, apart: it compiles, and makes the optimizers' averages
-        start = time.time()
-        with torch._inductor.config.patch(coordinate_descent_tuning=self.is_peer):  # as llm.c does
-            self.step()
-        self.first_step = time.time() - start
-        # what this contender keeps between steps: weights, averages, a batch
-        self.own_memory = memory(self.device) - before
-        self.times = []
+        # the first step compiles and creates the optimizer state; llm.c tunes its kernels
+        with torch._inductor.config.patch(coordinate_descent_tuning=self.is_peer):
+            self.first_step = self.step()
+        # the second step's peak memory, without the memory of earlier contenders
         self.peak_memory = 0
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.step()
+            self.peak_memory = torch.cuda.max_memory_allocated() - before
+        self.times = []
 
     def step(self):
+        """Takes a step and returns its seconds."""
+        start = time.time()
         for _ in range(self.grad_accum_steps):
-            with self.autocast():
+            with self.autocast:
                 output = self.model(self.x, self.y, **self.options)
             # llm.c and nanoGPT return (logits, loss)
             loss = output[1] if self.is_peer else output
@@ -142,60 +130,41 @@ class Contender:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        # a GPU works through a queue in order: item() returns when all of this step is done
+        # a GPU runs its kernels in order, so item() returns after the whole step
         loss.item()
-
-    def timed_step(self):
-        # the other contenders lie on the same GPU: their tensors are not this step's
-        others = memory(self.device) - self.own_memory
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        start = time.time()
-        self.step()
-        self.times.append(time.time() - start)
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device) - others
-            self.peak_memory = max(self.peak_memory, peak)
+        return time.time() - start
 
 def main(argv):
     show_as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=show_as_written)
     add = parser.add_argument
     add("contender", nargs="*", default=DEFAULT, help="a model and flags, in quotes")
-    add("--steps", type=int, default=20, help="turns that are timed")
-    add("--warmup", type=int, default=3, help="turns before them that are not")
+    add("--steps", type=int, default=20, help="timed steps per contender")
+    add("--warmup", type=int, default=3, help="untimed steps before them")
     args = parser.parse_args(argv)
-    if args.steps < 1:
-        sys.exit("error: --steps must be at least 1")
     torch.set_float32_matmul_precision("high")
     contenders = [Contender(spec) for spec in args.contender]
     for _ in range(args.warmup + args.steps):
         for contender in contenders:
-            contender.timed_step()
+            contender.times.append(contender.step())
 
     device = contenders[0].device
-    card = train_gpt2.card_name(device)
-    if device.type != "cuda":
-        card += f", {torch.get_num_threads()} threads"
-    peaks = [peak for name, peak in train_gpt2.PEAK_FLOPS.items() if name in card]
-    # + 1: the step that Contender.__init__() made
-    print(f"{card}, torch {torch.__version__}, {datetime.date.today()}, "
-          f"median of {args.steps} steps after {args.warmup + 1}\n")
-    print("| model, flags (sequences x tokens x micro-batches) | ms | tokens/s | x first | MFU | "
-          "peak GiB | first step, s |\n| --- | --- | --- | --- | --- | --- | --- |")
+    name = f"{device.type}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    print(f"{name}, torch {torch.__version__}, {datetime.date.today()}, "
+          f"median of {args.steps} steps\n")
+    print("| model, flags (sequences x tokens x micro-batches) | ms | tokens/s | x first | "
+          "TFLOP/s | peak GiB | first step, s |\n| --- | --- | --- | --- | --- | --- | --- |")
     first_speed = None
     for contender in contenders:
         seconds = statistics.median(contender.times[args.warmup:])
         speed = contender.tokens / seconds
         first_speed = first_speed or speed
-        mfu = "-"
-        if peaks:
-            mfu = f"{speed * contender.flops_per_token / peaks[0]:.1%}"
-        gib = "-"
-        if contender.peak_memory:
-            gib = f"{contender.peak_memory / 2**30:.1f}"
+        tflops = speed * contender.flops_per_token / 1e12
+        gib = f"{contender.peak_memory / 2**30:.1f}" if device.type == "cuda" else "-"
         print(f"| {contender.name} | {1000 * seconds:.1f} | {speed:,.0f} | "
-              f"{speed / first_speed:.2f} | {mfu} | {gib} | {contender.first_step:.1f} |")
+              f"{speed / first_speed:.2f} | {tflops:.3g} | {gib} | {contender.first_step:.1f} |")
 
 if __name__ == "__main__":
     main(sys.argv[1:])
