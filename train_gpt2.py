@@ -236,7 +236,7 @@ class CausalSelfAttention(nn.Module):
     (https://arxiv.org/abs/2305.13245) query heads share key/value heads: with half as many, query
     heads 0 and 1 share key/value head 0, heads 2 and 3 share head 1, and so on. Why? A program that
     generates text stores the keys and values of all earlier tokens, the KV cache, because later
-    tokens never change them. Half the heads halve the cache. Training d12 takes 5% less compute.
+    tokens never change them. Half the heads halve the cache, and train d12 with 5% less compute.
     """
 
     def __init__(self, config):
@@ -261,9 +261,9 @@ class CausalSelfAttention(nn.Module):
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
         # QK-norm (https://arxiv.org/abs/2302.05442) scales every q and k to length sqrt(D) while
-        # its gains are near 1, so a score is at most sqrt(D). Without it, c_q and c_k can grow at
-        # a high learning rate until the softmax saturates. QK-norm precedes RoPE because its gains
-        # differ within a pair, which would spoil relative positions after the rotation.
+        # its gains are near 1. No score then exceeds sqrt(D), 8 for D = 64, however large c_q and
+        # c_k grow at a high learning rate. QK-norm precedes RoPE because its gains differ within a
+        # pair: after the rotation they would make scores depend on absolute positions.
         q = self.q_norm(q)
         k = self.k_norm(k)
         if rope is not None:
@@ -373,12 +373,12 @@ class GPT(nn.Module):
         # an id's logit is the dot product of the final vector with the id's own row. Ids used in
         # similar contexts get similar rows, which helps at both ends. Untied, d12 would have 155M
         # parameters instead of 116.5M. Untrained tiny predicts that each byte repeats, because its
-        # blocks add little and a row matches itself best. Bytes do, so its loss starts at 5.22.
+        # blocks add little and a row matches itself best. Some bytes do: its loss starts at 5.22.
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
     def init_weights(self):
-        """Initializes every parameter by the name of its layer.
+        """Initializes every parameter by the name of its layer. The tied lm_head is listed as wte.
 
         Why a standard deviation of 0.02? Most matrices read vectors with an RMS of 1. An output is
         a sum of C products; at C = 768 its standard deviation is 0.02 * sqrt(768) = 0.55, neither
@@ -386,7 +386,7 @@ class GPT(nn.Module):
         """
         inputs = "wte", "wpe", "c_q", "c_k", "c_v", "c_gate", "c_up", "c_fc"
         for name, p in self.named_parameters():
-            layer = f".{name}".split(".")[-2]
+            layer = f".{name}".split(".")[-2]  # "" if the parameter is GPT's own
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif layer.startswith("ln_") or layer.endswith("_norm"):
@@ -441,8 +441,9 @@ class GPT(nn.Module):
 #
 #     d loss / d z  =  softmax(z), with 1 subtracted at y
 #
-# All of training comes from this signal. It pushes each logit down in proportion to its
-# probability, and the target's logit up.
+# With softmax(z) = (0.7, 0.2, 0.1) and y = 1 it is (0.7, -0.8, 0.1). A step against it pushes each
+# logit down in proportion to its probability, and the target's up. All of training comes from this
+# signal.
 
 # -------------------------------------------------------------------------------------------------
 # 3. The data
@@ -463,7 +464,7 @@ class GPT(nn.Module):
 class TokenLoader:
     """Loads the sequences of all shards that match a glob pattern, each once per epoch.
 
-    Naively, row i of a shard is one sequence; its extra token is the last target:
+    Row i of a shard is one sequence; its extra token is the last target:
 
         chunk = tokens[i * T : i * T + T + 1]
         x, y = chunk[:-1], chunk[1:]
@@ -562,12 +563,12 @@ def evaluate(model, data, num_tokens, batch_size=16):
 # parameters: it is too large where gradients are large and too small where they are tiny. Adam
 # (https://arxiv.org/abs/1412.6980) divides m by the gradients' RMS, the square root of v, a moving
 # average of their squares. m and v are called the first and second moments. AdamW
-# (https://arxiv.org/abs/1711.05101) adds weight decay that bypasses the moments. Step n:
+# (https://arxiv.org/abs/1711.05101) adds weight decay, which bypasses the moments. Step n:
 #
 #     m = 0.9 m + 0.1 g        v = 0.95 v + 0.05 g^2
 #     w -= lr * (m / (1 - 0.9^n) / (sqrt(v / (1 - 0.95^n)) + eps) + weight_decay * w)
 #
-#     m              averages the gradient over about 10 steps.
+#     m              averages the gradient over about 1 / 0.1 = 10 steps.
 #     sqrt(v)        makes the update independent of the gradient's scale. A parameter moves by
 #                    about lr per step if its gradients agree. If their signs are random, they
 #                    nearly cancel in m, and it moves by about 0.2 lr: their coefficients in m are
@@ -584,10 +585,10 @@ def evaluate(model, data, num_tokens, batch_size=16):
 # of V, have length 1 and are orthogonal. S is diagonal and contains the singular values: X turns
 # column i of V into column i of U, stretched by the i-th singular value. A gradient has a few large
 # singular values and many small ones: in tiny after 100 steps, the largest is 25 to 170 times the
-# median. A plain step therefore acts almost only along a few directions. But small does not mean
-# unimportant: a small singular value may belong to something rare in the batch that has to be
-# learned as well. Muon keeps U and V and sets all singular values to about 1, with orthogonalize(),
-# so the step is equally large along every direction. For matrices g and w:
+# median. So a step along the gradient itself is large in a few directions and tiny in the rest. But
+# small does not mean unimportant: a small singular value may belong to something rare in the batch
+# that has to be learned as well. Muon keeps U and V and moves all singular values close to 1, with
+# orthogonalize(), so the step is about equally large in every direction. For matrices g and w:
 #
 #     m = 0.95 m + 0.05 g                         # momentum
 #     u = orthogonalize(0.95 m + 0.05 g)          # Nesterov momentum
@@ -602,9 +603,9 @@ def orthogonalize(matrices):
 
     For example:
 
-        X = U S V^T             [[4, 3], [0, 1]]                   singular values 5.04 and 0.79
-        U V^T                   [[0.86, 0.51], [-0.51, 0.86]]      1 and 1
-        orthogonalize(X)        [[0.63, 0.34], [-0.54, 0.84]]      1.00 and 0.71
+        X = U S V^T             [[4, 3], [0, 1]]                   singular values 5.04, 0.79
+        U V^T                   [[0.86, 0.51], [-0.51, 0.86]]      1, 1
+        orthogonalize(X)        [[0.63, 0.34], [-0.54, 0.84]]      0.71, 1.00: not exact, but close
 
     Computing U, S, and V would take far too long, but matmuls are fast. Because U^T U = V^T V = I,
 
@@ -633,7 +634,7 @@ def orthogonalize(matrices):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the blocks' matrices. AdamW takes embeddings, because their rows are used singly.
+    """Muon for the blocks' matrices. Its author recommends AdamW for embeddings and the head.
 
     dtype is the precision of the matmuls: bf16 is precise enough but slow on hardware without it.
     torch.optim.Muon loops over the matrices and takes 1.6 times as long for tiny on 2 CPU cores.
@@ -721,7 +722,7 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
        /         \                /        `--.__
         warmup, stable, decay to 0   warmup, decay to a tenth
 
-    Why warm up? At first the moments average few gradients, and full steps would go astray. Why
+    Why warm up? At first the moments average few noisy gradients, and full steps go astray. Why
     decay? Large steps bounce back and forth across a valley of the loss, and only small ones
     descend into it. Compare runs only at their ends: until then, a run whose rate is still high
     looks worse than it is. Our wsd (https://arxiv.org/abs/2404.06395) decays over the last 70%, as
@@ -766,8 +767,8 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
 # How high is the peak learning rate? No number matters more. d12 to d48 use four times the rates of
 # GPT-3's models of these sizes (6e-4 to 2e-4, table 2.1 of https://arxiv.org/abs/2005.14165),
 # because Muon and QK-norm keep such rates stable. Only models up to 17.6M parameters were tried
-# (report/README.md), so these rates are a guess, good to a factor of two. For another size, start
-# between its neighbors' rates and compare complete short runs at half and twice the rate.
+# (report/README.md), so these rates are guesses. For another size, start between its neighbors'
+# rates and compare complete short runs at half and at twice the rate.
 DEFAULTS = dict(
     input_bin="fineweb10B/fineweb_train_*.bin",  # training shards; held-out ones say _val_
     sequence_length=1024,     # T, tokens
@@ -797,7 +798,7 @@ PRESETS["tiny"] |= dict(
 )
 # --arch gpt2: every switch as in 2019, together with n_kv_head = n_head
 GPT2 = dict(norm="layernorm", mlp="gelu", pos="learned", bias=True, qk_norm=False)
-# --recipe original: how this variant was first trained, at half the learning rate
+# --recipe original: how this variant was first trained; parse_args() also halves the learning rate
 # (https://github.com/Morris88826/CSCE-689-HW2, the class project that this one follows)
 ORIGINAL = dict(optimizer="adamw", schedule="cosine", warmup_iters=715, qk_norm=False)
 
@@ -829,7 +830,7 @@ ORIGINAL = dict(optimizer="adamw", schedule="cosine", warmup_iters=715, qk_norm=
 # several GPUs, to monitor the run, and not to lose it.
 #
 # To be fast, train() uses mixed precision: bf16 where it is precise enough, else fp32. The bits of
-# a floating-point number are its exponent, which sets the scale, and its fraction, the digits:
+# a floating-point number are a sign, an exponent, which sets the scale, and a fraction, the digits:
 #
 #              exponent  fraction   the next number after 1
 #     fp32        8         23      1.0000001
@@ -962,8 +963,8 @@ def train(args, signals=()):
 
         # Gradient clipping: if the norm of all gradients, taken as one vector, exceeds grad_clip,
         # scale them to that norm. Early on most steps are clipped, so all of them count equally in
-        # the moments. Later, clipping keeps the huge gradient of one odd batch from dominating the
-        # moments for some 20 steps. norm is the norm before clipping.
+        # the moments. Later, clipping keeps the huge gradient of one odd batch from dominating v
+        # for its 1 / 0.05 = 20 steps. norm is the norm before clipping.
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
 
         lr = get_lr(step, args.num_iterations, args.learning_rate, args.warmup_iters, args.schedule)
