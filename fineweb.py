@@ -16,8 +16,8 @@ several. Ten words:
 
 Id 50256, written <|endoftext|>, is a special token: it stands for no string. It is the separator
 before every document (one text, such as a web page), and tells the model that the document before
-has nothing to do with the next one. All ids are below 65,536, so an id fits in two bytes, the lower
-one first. Here are the separator and the first seven ids from above, with their bytes in hex:
+has nothing to do with the next one. All ids are below 65,536, so an id fits in two bytes, stored
+little-endian, low byte first. Here are the separator and the first seven ids from above, in hex:
 
     ids      50256   464  3797  3332   319   262  2603   290
     bytes    50 c4 d0 01 d5 0e 04 0d 3f 01 06 01 2b 0a 22 01
@@ -73,7 +73,6 @@ SHARD_TOKENS = 100_000_000
 
 # In both vocabularies the separator, <|endoftext|>, is the last id.
 VOCAB_SIZE = {"bytes": 257, "gpt2": 50257}
-END_OF_TEXT = VOCAB_SIZE["gpt2"] - 1
 
 
 def write_shard(path, tokens, vocab_size):
@@ -117,7 +116,7 @@ def find_shards(pattern):
 
 def read_tokens(path, start=0, count=-1):
     """Returns `count` tokens of a shard from token `start` on, (count,) uint16; -1 means the rest.
-    The file is closed again: a system allows about 1,000 open files, and FineWeb has more shards.
+    The file is closed again: a system allows about 1,000 open files, and the 100B sample has more.
     """
     return np.fromfile(path, "<u2", count, offset=4 * HEADER_INTS + 2 * start)
 
@@ -128,10 +127,10 @@ def write_shards(folder, name, chunks, vocabulary, first=1):
     # The folder gets its name at the end. Otherwise an interrupted run would leave shards that look
     # complete, and training would silently use only part of the text.
     temporary = folder.with_name(f"{folder.name}.tmp")
-    for leftover in temporary.glob(f"{name}_*_??????.bin"):  # of an interrupted run
+    for leftover in temporary.glob(f"{name}_*_??????.bin"):  # from an interrupted run
         leftover.unlink()
-    buffers = {"train": array("H"), "val": array("H")}  # of two bytes per id
-    numbers = {"train": first, "val": 0}  # of the next shards
+    buffers = {"train": array("H"), "val": array("H")}  # two bytes per id
+    numbers = {"train": first, "val": 0}  # the next shard's number
 
     def write_next(split):
         """Moves up to SHARD_TOKENS tokens from the buffer to a file."""
@@ -194,7 +193,7 @@ def read_file(path):
     elif path.suffix.lower() == ".jsonl":
         with open(path, encoding="utf-8-sig") as file:
             for line in filter(str.strip, file):
-                # JSON can contain half a character, "\ud83d". It has no bytes and becomes "?".
+                # JSON can contain an unpaired surrogate, half a character. It becomes "?".
                 yield json.loads(line)["text"].encode("utf-8", "replace").decode()
     else:
         # utf-8-sig drops the byte order mark that some editors write first.
@@ -206,8 +205,8 @@ def read_file(path):
 
 
 def read_files(paths):
-    """Yields the documents of several files, except for empty ones. Skips files that are not text,
-    and ends the program with one line that names the file if one is damaged."""
+    """Yields the nonempty documents of several files. Skips files that are not text. If a file is
+    damaged, ends the program with one line that names it."""
     for path in paths:
         count = 0
         try:
@@ -224,11 +223,11 @@ def read_files(paths):
 
 # Documents are split into chunks for two reasons: a fraction of the chunks is held out, and the
 # tokenizer fails on some very long texts, such as a million spaces. We split before a space or line
-# break that follows something visible:
+# break that follows a visible character:
 #
 #     The cat| sat on the mat.
 #
-# No token of GPT-2 crosses such a place, so the chunks have the same tokens as the whole document.
+# No GPT-2 token crosses such a boundary, so the chunks have the same tokens as the whole document.
 CHUNK = 8192  # characters
 BOUNDARY = r"(?<=\S)(?=[ \n])"
 
@@ -259,8 +258,8 @@ def own_chunks(names):
         previous = None
         for chunk in split_document(document, chunk_size):
             # The hash decides, so that copies of a book are held out at the same places. A held-out
-            # chunk with a copy in the training data would only measure memorization. (Two editions
-            # of a book have different hashes: remove near-duplicates yourself.)
+            # chunk with a copy in the training data would only measure memorization. Two editions
+            # of a book have different hashes, so remove near-duplicates yourself.
             group = int(hashlib.sha256(chunk.encode()).hexdigest(), 16) % every
             if held_out is None:
                 held_out = group  # so at least the first chunk is held out
@@ -312,7 +311,7 @@ def download(repo, patterns, folder):
     program with one line if that fails."""
     from huggingface_hub import HfApi, snapshot_download
     try:
-        # Offline, this fails. snapshot_download() would return a half-filled folder as complete.
+        # This call fails offline, where snapshot_download() would accept an incomplete folder.
         commit = HfApi().dataset_info(repo, revision="main").sha
         snapshot_download(repo, repo_type="dataset", revision=commit, allow_patterns=patterns,
                           local_dir=folder)
@@ -350,12 +349,12 @@ def print_next_command(folder, name):
     budget = tokens * (4 if name == "text" else 1)
     # About 20 tokens per parameter are compute-optimal (https://arxiv.org/abs/2203.15556): 6.6
     # billion for d24's 330M parameters, and 16 million, 8,000 steps, for byte-level tiny's 0.8M.
-    # d12 starts earlier than at its 2.3 billion, because no size lies between tiny and d12.
+    # d12 is suggested from 100 million tokens on, because no size lies between tiny and d12.
     model, step, max_steps = "tiny", 2048, 8000
     if tokens >= 100e6 and vocab_size != VOCAB_SIZE["bytes"]:
         model = "d24" if budget >= 6.6e9 else "d12"
         step, max_steps = 524_288, 19_073
-    # A model hardly learns in fewer than 300 steps, so a small text gets smaller ones.
+    # A model hardly learns in fewer than 300 steps, so a small text gets smaller batches.
     while step > 128 and budget < 300 * step:
         step //= 2
     print(f"Next:\n    python train_gpt2.py --model {model} --input_bin {shlex.quote(pattern)} "

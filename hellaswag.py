@@ -46,7 +46,7 @@ zero-shot: the model sees no solved questions, neither in training nor in the co
 There are two styles. Compare only scores of the same style, on all the questions:
 
     completion   The default takes the texts as they stand in the file and measures lengths in
-                 tokens, as llm.c and build-nanogpt do. It can't compare different tokenizers.
+                 tokens, as llm.c and build-nanogpt do. Models compared must share a tokenizer.
     --harness    This style follows lm-evaluation-harness, the program behind most published scores.
                  The topic comes first ("Sharpening knives: He then takes ..."), markers from web
                  pages such as [step] are removed, and lengths are in characters. OpenAI's 124M
@@ -228,7 +228,7 @@ def score_batch(model, endings):
     # left, from the tokens to the positions that predict them.
     targets, mask = tokens[:, 1:], mask[:, 1:]  # (B, T)
     logits = model(tokens[:, :-1])[mask]  # (B, T, V) -> (N, V), row after row
-    # The losses go back to their positions, so that a row's sum is that of its ending.
+    # The losses return to their positions, so each row's sum is the loss of its ending.
     losses = torch.zeros(mask.shape, device=device)
     losses[mask] = F.cross_entropy(logits, targets[mask], reduction="none")
     return -losses.sum(dim=1)
@@ -256,7 +256,7 @@ def log_likelihoods(model, endings):
 # 3. The command line
 
 def print_example(q, sums, means, harness):
-    """Prints a question, and the losses of its endings. The mean chooses, as in acc_norm."""
+    """Prints a question and the losses of its endings. As in acc_norm, the smallest mean wins."""
     context, endings = question_texts(q, harness)
     print(f"---\n{context}\n    mean      sum")
     for k, ending in enumerate(endings):
@@ -297,8 +297,8 @@ def main(argv):
     for name, scores in ("acc", sums), ("acc_norm", means):
         accuracy = (scores.argmax(axis=1) == labels).mean()
         # The questions are a sample, so the accuracy has a standard error. A 95% confidence
-        # interval is 1.96 of them wide to each side: 0.009 on all 10,042 questions, 0.09 on a
-        # hundred. A difference between two models that is much smaller may be chance.
+        # interval extends 1.96 standard errors to each side: 0.009 on all 10,042 questions, 0.09 on
+        # a hundred. A smaller difference between two models may be chance.
         error = 1.96 * (accuracy * (1 - accuracy) / len(questions)) ** 0.5
         print(f"{name:8}  {accuracy:.4f} +- {error:.4f}")
     print(f"published, {style} style, all {SIZE} questions:\n{PUBLISHED[style]}")

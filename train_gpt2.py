@@ -13,12 +13,12 @@ the cross-entropy, in nats because the logarithm is natural:
     3.3     a trained GPT-2. Its perplexity is e^3.3 = 27: on average it is as uncertain as if it
             guessed among 27 equally likely ids
 Training lowers the mean loss by gradient descent. Each step runs the model on a batch of text,
-computes the gradient of the loss with respect to every parameter, and moves each a little against
-its gradient. Nobody has to label anything: the target at each position is the next token.
+computes the gradient of the loss with respect to every parameter (or weight), and moves it a little
+against its gradient. Nobody has to label anything: the target at each position is the next token.
 
-Part I is the algorithm: the model, the loss, the data, the optimizer, the hyperparameters, and the
-training loop, with which it ends. Part II holds the functions that part I calls: device selection,
-checkpoints (the model's parameters in a file), sampling, and the command line.
+Part I is the algorithm: the model, the loss, the data, the optimizer, the hyperparameters (settings
+that we choose, not learn), and the training loop. Part II holds the functions that part I calls:
+device selection, checkpoints (the model's parameters in a file), generation, and the command line.
 
 Letters and words in comments:
     B   batch size: how many sequences are processed in parallel
@@ -27,7 +27,7 @@ Letters and words in comments:
     D   the width of one attention head, C / n_head
     V   vocabulary size, the number of different ids
     fp32, bf16   32-bit and 16-bit floating-point numbers. bf16 has fp32's range but only 2 to 3
-                 decimal digits; it halves the memory and multiplies several times as fast
+                 decimal digits; it halves memory and is several times as fast in matrix products
     tiny         a byte-level model for a laptop: 4 layers, 128 channels
     d12, d24     two of GPT-2's sizes: 12 layers with 768 channels, 24 layers with 1024
 
@@ -81,7 +81,7 @@ import fineweb
 #         gate, up           (4, 1024, 2048)       MLP: 8/3 of 768
 #         MLP                (4, 1024, 768)        added to x
 #     ln_f                   (4, 1024, 768)        a last normalization
-#     lm_head                (4, 1024, 50304)      a logit for every id
+#     lm_head                (4, 1024, 50304)      a logit per id, padded to a multiple of 64
 #     loss                   scalar                the mean over 4096 predictions
 
 @dataclass
@@ -102,7 +102,7 @@ class GPTConfig:
 
     def __post_init__(self):
         if self.n_kv_head == 0:
-            # half of n_head, or all of it if it is odd, as d48's 25 is
+            # half of n_head, or n_head itself if that is odd (d48 has 25)
             self.n_kv_head = self.n_head // 2 if self.n_head % 2 == 0 else self.n_head
         # RoPE needs an even head width because it rotates pairs of channels
         if self.n_embd % (2 * self.n_head) or self.n_head % self.n_kv_head:
@@ -214,14 +214,14 @@ def causal_attention(q, k, v):
     saturates: the largest score takes nearly all the weight. Learning is then slow, because the
     derivatives of a softmax, p_i (1 - p_i) and -p_i p_j, vanish when one p is near 1.
     """
-    # Flash attention (https://arxiv.org/abs/2205.14135) computes the same numbers in tiles that fit
-    # the GPU's fast on-chip SRAM, so no (T, T) matrix is ever stored. To inspect the attention
-    # weights, run the plain PyTorch above instead.
+    # Flash attention (https://arxiv.org/abs/2205.14135) is a kernel, one compiled routine, for the
+    # same numbers. Its tiles fit the GPU's fast on-chip SRAM, and no (T, T) matrix is stored. To
+    # inspect the attention weights, run the plain PyTorch above instead.
     if q.device.type == "cpu":
         # CPUs run this kernel faster in fp32 (tiny: 5 ms instead of 13 on an AMD Zen 4)
         q, k, v = q.float(), k.float(), v.float()
     elif q.dtype == torch.float32:
-        # GPUs have no such kernel for shared heads in fp32
+        # on GPUs, PyTorch has no fp32 kernel of this kind for shared heads
         k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
         v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
     # Autocast (section 6) is off because it would cast the fp32 inputs back to bf16.
@@ -234,9 +234,9 @@ class CausalSelfAttention(nn.Module):
 
     One head may attend to the verb and another to the matching bracket. In grouped-query attention
     (https://arxiv.org/abs/2305.13245) query heads share key/value heads: with half as many, query
-    heads 0 and 1 share key/value head 0, heads 2 and 3 share head 1, and so on. Why? A program that
-    generates text stores the keys and values of all earlier tokens, the KV cache, because later
-    tokens never change them. Half the heads halve the cache, and train d12 with 5% less compute.
+    heads 0 and 1 share key/value head 0, heads 2 and 3 share head 1, and so on. Why? Programs that
+    generate text fast store the keys and values of all earlier tokens, which never change, in a KV
+    cache. Half as many key/value heads halve the cache and save 5% of d12's training compute.
     """
 
     def __init__(self, config):
@@ -280,8 +280,8 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """Multi-layer perceptron: a nonlinear function applied to each position separately.
 
-    Attention only averages values. Concluding anything from them takes a nonlinear function.
-    GPT-2's MLP widens x to 4C, applies GELU, a smooth ReLU or max(x, 0), and projects back:
+    Attention only averages values. Computing anything else from them takes a nonlinear function.
+    GPT-2's MLP widens x to 4C, applies GELU (a smooth ReLU, which is max(x, 0)), and projects back:
 
         y = c_proj(gelu(c_fc(x)))
 
@@ -372,8 +372,8 @@ class GPT(nn.Module):
         # Weight tying (https://arxiv.org/abs/1608.05859): lm_head shares the embedding matrix, so
         # an id's logit is the dot product of the final vector with the id's own row. Ids used in
         # similar contexts get similar rows, which helps at both ends. Untied, d12 would have 155M
-        # parameters instead of 116.5M. Untrained tiny predicts that each byte repeats, because its
-        # blocks add little and a row matches itself best. Some bytes do: its loss starts at 5.22.
+        # parameters instead of 116.5M. Untrained, tiny predicts repeats, because its blocks add
+        # little and a row matches itself best. Bytes often repeat: its loss is 5.22, below ln 257.
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
@@ -395,7 +395,7 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif layer in ("c_proj", "c_down"):
                 # These 2 * n_layer matrices write into the residual stream. A sum of n independent
-                # vectors grows like sqrt(n), so dividing by it keeps depth from enlarging the sum.
+                # vectors grows like sqrt(n), so dividing by sqrt(n) keeps depth from enlarging it.
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
             else:
                 raise ValueError(f"init_weights() has no rule for {name}: add one")
@@ -458,13 +458,12 @@ class GPT(nn.Module):
 #     y     3290   318  257  922  3290   13   383 3797 44263    13           the targets
 #
 # " The" with its space is not the token "The". y is x shifted by one: at position t the model sees
-# x[0] ... x[t], and the target is the next id, y[t]. So one sequence trains T predictions. The
-# shift is why attention needs the causal mask, because x[t + 1] is position t's target.
+# x[0] ... x[t] and predicts y[t], which the causal mask hides. One sequence trains T predictions.
 
 class TokenLoader:
     """Loads the sequences of all shards that match a glob pattern, each once per epoch.
 
-    Row i of a shard is one sequence; its extra token is the last target:
+    Row i of a shard holds T + 1 tokens, one sequence and its last target:
 
         chunk = tokens[i * T : i * T + T + 1]
         x, y = chunk[:-1], chunk[1:]
@@ -479,12 +478,12 @@ class TokenLoader:
         row            0   2   0   1   1
 
     Seed and index determine the row, so there is no state to save: a run resumed at step 1000 reads
-    what an uninterrupted run would. NumPy may change the order between versions, so keep yours.
+    what an uninterrupted run would. Don't upgrade NumPy mid-run: the order may change.
 
     A row may start mid-document and span several documents, separated by <|endoftext|>. Attention
     crosses the separator, and the model learns to ignore the text before it. A document mask would
-    prevent this; in nanochat it gained 0.0002 bits per byte, too little to keep
-    (https://github.com/karpathy/nanochat).
+    stop attention there; in nanochat (https://github.com/karpathy/nanochat) it lowered the loss by
+    0.0002 bits per byte, too little to keep.
     """
 
     def __init__(self, pattern, T, seed=0):
@@ -534,13 +533,13 @@ def evaluate(model, data, num_tokens, batch_size=16):
     """The mean loss over num_tokens of data, a TokenLoader, in nats per token: the validation loss.
 
     data is held-out text, which the model never trains on. A model that has only memorized its
-    training text does badly on it. Every call with the same data uses the same sequences, and none
-    of them twice, even if that makes fewer tokens.
+    training text does badly on it. Calls with the same data use the same sequences, each only once,
+    even if they hold fewer than num_tokens tokens.
     """
     device = next(model.parameters()).device
     num_sequences = max(1, min(num_tokens // data.T, data.total))
-    # With several GPUs, each process, number `rank` of world_size, evaluates an equal share, so the
-    # mean depends on neither the number of processes nor the batch size.
+    # With several GPUs, each process, number `rank` of world_size, evaluates a share. Weighting by
+    # count makes the mean independent of the number of processes and of the batch size.
     rank, world_size = this_process()
     begin = num_sequences * rank // world_size
     end = num_sequences * (rank + 1) // world_size
@@ -563,7 +562,7 @@ def evaluate(model, data, num_tokens, batch_size=16):
 # parameters: it is too large where gradients are large and too small where they are tiny. Adam
 # (https://arxiv.org/abs/1412.6980) divides m by the gradients' RMS, the square root of v, a moving
 # average of their squares. m and v are called the first and second moments. AdamW
-# (https://arxiv.org/abs/1711.05101) adds weight decay, which bypasses the moments. Step n:
+# (https://arxiv.org/abs/1711.05101) adds decoupled weight decay: it bypasses the moments. Step n:
 #
 #     m = 0.9 m + 0.1 g        v = 0.95 v + 0.05 g^2
 #     w -= lr * (m / (1 - 0.9^n) / (sqrt(v / (1 - 0.95^n)) + eps) + weight_decay * w)
@@ -581,14 +580,14 @@ def evaluate(model, data, num_tokens, batch_size=16):
 #
 # Muon (https://kellerjordan.github.io/posts/muon) is a newer optimizer, for the matrices of the
 # blocks. Adam rescales each entry of a gradient on its own; Muon treats the matrix as a whole.
-# Every matrix X is a product U S V^T, its singular value decomposition. The columns of U, and those
-# of V, have length 1 and are orthogonal. S is diagonal and contains the singular values: X turns
+# Every matrix X is a product U S V^T, its singular value decomposition (SVD). The columns of U and
+# of V have length 1 and are orthogonal. S is diagonal and contains the singular values: X turns
 # column i of V into column i of U, stretched by the i-th singular value. A gradient has a few large
 # singular values and many small ones: in tiny after 100 steps, the largest is 25 to 170 times the
-# median. So a step along the gradient itself is large in a few directions and tiny in the rest. But
-# small does not mean unimportant: a small singular value may belong to something rare in the batch
-# that has to be learned as well. Muon keeps U and V and moves all singular values close to 1, with
-# orthogonalize(), so the step is about equally large in every direction. For matrices g and w:
+# median. So an SGD step is large along a few directions and tiny along the rest. But small does not
+# mean unimportant: a small singular value may belong to something rare in the batch that has to be
+# learned as well. Muon keeps U and V and moves all singular values close to 1, with
+# orthogonalize(), so the step is about equally large along every direction. For matrices g and w:
 #
 #     m = 0.95 m + 0.05 g                         # momentum
 #     u = orthogonalize(0.95 m + 0.05 g)          # Nesterov momentum
@@ -607,7 +606,7 @@ def orthogonalize(matrices):
         U V^T                   [[0.86, 0.51], [-0.51, 0.86]]      1, 1
         orthogonalize(X)        [[0.63, 0.34], [-0.54, 0.84]]      0.71, 1.00: not exact, but close
 
-    Computing U, S, and V would take far too long, but matmuls are fast. Because U^T U = V^T V = I,
+    Computing U, S, V is slow, but matrix products (matmuls) are fast. Because U^T U = V^T V = I,
 
         X X^T X = (U S V^T) (V S U^T) (U S V^T) = U S^3 V^T
 
@@ -623,7 +622,7 @@ def orthogonalize(matrices):
     # X X^T is (rows, rows), so transpose tall matrices to make it as small as possible.
     tall = matrices.size(1) > matrices.size(2)
     X = matrices.mT if tall else matrices
-    # The iteration needs singular values of at most 1, and none exceeds the Frobenius norm.
+    # Singular values must be at most 1. None exceeds the Frobenius norm, the norm of all entries.
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         # A X is X X^T X, and A A X is X X^T X X^T X
@@ -636,7 +635,7 @@ def orthogonalize(matrices):
 class Muon(torch.optim.Optimizer):
     """Muon for the blocks' matrices. Its author recommends AdamW for embeddings and the head.
 
-    dtype is the precision of the matmuls: bf16 is precise enough but slow on hardware without it.
+    dtype is the precision of the matmuls: bf16 is precise enough, but slow without native support.
     torch.optim.Muon loops over the matrices and takes 1.6 times as long for tiny on 2 CPU cores.
     """
 
@@ -668,8 +667,7 @@ class Muon(torch.optim.Optimizer):
             # Nesterov: 0.95 m + 0.05 g, with the new m
             updates.append(p.grad.lerp(m, momentum).to(self.dtype))
         orthogonal = orthogonalize(torch.stack(updates))  # (n, rows, cols)
-        # U V^T has rows of length 1, or columns if it is tall, so the RMS of its entries is
-        # 1 / sqrt(max(rows, cols)). Scale it to 0.2.
+        # U V^T's rows (columns, if tall) have length 1, so its RMS is 1 / sqrt(max(rows, cols)).
         orthogonal = orthogonal * (0.2 * math.sqrt(max(params[0].shape)))
         for p, u in zip(params, orthogonal, strict=True):
             # weight decay as in AdamW, then the step
@@ -726,7 +724,7 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
     decay? Large steps bounce back and forth across a valley of the loss, and only small ones
     descend into it. Compare runs only at their ends: until then, a run whose rate is still high
     looks worse than it is. Our wsd (https://arxiv.org/abs/2404.06395) decays over the last 70%, as
-    the NanoGPT speedrun does (https://github.com/KellerJordan/modded-nanogpt).
+    train_gpt_simple.py of the NanoGPT speedrun (https://github.com/KellerJordan/modded-nanogpt).
 
     For d12's 19,073 steps the two recipes of section 5 give:
 
@@ -760,20 +758,20 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
 # learning rate with its square root, a rule for Adam (https://arxiv.org/abs/2205.10287) that held
 # for tiny (report/lab.md, experiment 12), and rescale every setting that counts steps.
 #
-# How many steps? About 20 tokens per parameter are compute-optimal, the best use of the compute
-# (Chinchilla, https://arxiv.org/abs/2203.15556): 2.3 billion for d12, 6.6 billion for d24. More
-# make the model better still. 19,073 steps are one epoch of FineWeb's sample of 10 billion tokens.
+# How many steps? About 20 tokens per parameter are compute-optimal, the best use of a given compute
+# budget (Chinchilla, https://arxiv.org/abs/2203.15556): 2.3 billion for d12, 6.6 billion for d24.
+# More tokens help further. 19,073 steps are one epoch of FineWeb's sample of 10 billion tokens.
 #
-# How high is the peak learning rate? No number matters more. d12 to d48 use four times the rates of
-# GPT-3's models of these sizes (6e-4 to 2e-4, table 2.1 of https://arxiv.org/abs/2005.14165),
-# because Muon and QK-norm keep such rates stable. Only models up to 17.6M parameters were tried
+# How high is the peak learning rate? No hyperparameter matters more. d12 to d48 use four times the
+# rates of GPT-3's models (6e-4 to 2e-4, table 2.1 of https://arxiv.org/abs/2005.14165) because Muon
+# and QK-norm keep training stable at such rates. Only models up to 17.6M parameters were tried
 # (report/README.md), so these rates are guesses. For another size, start between its neighbors'
-# rates and compare complete short runs at half and at twice the rate.
+# rates and compare complete short runs at half and twice the rate.
 DEFAULTS = dict(
     input_bin="fineweb10B/fineweb_train_*.bin",  # training shards; held-out ones say _val_
     sequence_length=1024,     # T, tokens
     total_batch_size=524288,  # tokens per step
-    batch_size=0,             # sequences per GPU at a time; 0: as many as useful and fit
+    batch_size=0,             # sequences per micro-batch; 0: as many as are useful and fit the GPU
     num_iterations=19073,     # steps
     warmup_iters=250,         # steps, but at most a tenth of the run
     weight_decay=0.1,         # as in GPT-3
@@ -784,14 +782,14 @@ DEFAULTS = dict(
     log_every=1,              # steps per printed line
 )
 PRESETS = {
-    # 0.8M, 116.5M, 330.0M, 719.2M, and 1,560.1M parameters; folders have the names of GPT-2's sizes
+    # 0.8M, 116.5M, 330.0M, 719.2M, and 1,560.1M parameters; folders are named after GPT-2's sizes
     "tiny": dict(n_layer=4, n_head=4, n_embd=128, learning_rate=4e-3, output_dir="logtiny"),
     "d12": dict(n_layer=12, n_head=12, n_embd=768, learning_rate=2.4e-3, output_dir="log124M"),
     "d24": dict(n_layer=24, n_head=16, n_embd=1024, learning_rate=1.2e-3, output_dir="log350M"),
     "d36": dict(n_layer=36, n_head=20, n_embd=1280, learning_rate=1e-3, output_dir="log774M"),
     "d48": dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=8e-4, output_dir="log1558M"),
 }
-# tiny's other settings, found by trial. An empty input_bin means Python's standard library.
+# tiny's other settings, found by trial and error. An empty input_bin means the standard library.
 PRESETS["tiny"] |= dict(
     input_bin="", sequence_length=128, total_batch_size=2048, num_iterations=600, warmup_iters=20,
     val_loss_every=200, val_tokens=500_000, log_every=20, compile=False,
@@ -806,8 +804,7 @@ ORIGINAL = dict(optimizer="adamw", schedule="cosine", warmup_iters=715, qk_norm=
 # -------------------------------------------------------------------------------------------------
 # 6. Training
 
-# This is how a GPT is trained. After `from train_gpt2 import *`, these lines run as is and are the
-# default run in fp32:
+# This is how a GPT is trained. After `from train_gpt2 import *` it is the default run, in fp32:
 #
 #     torch.manual_seed(1337)
 #     train_data = TokenLoader(fineweb.stdlib_corpus(), T=128, seed=1337)
@@ -826,24 +823,23 @@ ORIGINAL = dict(optimizer="adamw", schedule="cosine", warmup_iters=715, qk_norm=
 #     val_data = TokenLoader("stdlib_py*/stdlib_val_*.bin", T=128)
 #     print(evaluate(model, val_data, num_tokens=500_000))
 #
-# You could train with these lines alone. Everything else in train() is there to be fast, to use
-# several GPUs, to monitor the run, and not to lose it.
+# You could train with these lines alone. Everything else in train() makes the run fast, spreads it
+# over several GPUs, monitors it, and protects it from crashes.
 #
-# To be fast, train() uses mixed precision: bf16 where it is precise enough, else fp32. The bits of
-# a floating-point number are a sign, an exponent, which sets the scale, and a fraction, the digits:
+# For speed, train() uses mixed precision: bf16 where it is precise enough, fp32 elsewhere. A
+# floating-point number has a sign, an exponent, which sets the scale, and a fraction, the digits:
 #
 #              exponent  fraction   the next number after 1
 #     fp32        8         23      1.0000001
 #     bf16        8          7      1.008
 #
 #     bf16     matmuls, which take most of the time and accumulate in fp32, and most activations
-#     fp32     reductions (norms, softmax, loss); RoPE; parameters, gradients, optimizer state
+#     fp32     reductions (sums, as in norms, softmax, loss), RoPE, parameters, gradients, moments
 #
-# PyTorch's autocast casts the inputs of each matmul to bf16, the fp32 weights included.
-#
-# Why not keep the parameters in bf16? A step changes a weight, about 0.02, by about 0.2 lr: 2.4% at
-# d12's peak rate of 2.4e-3, but 0.2% a thousand steps before the end. Neighboring bf16 numbers are
-# 0.4 to 0.8% apart, so large updates would be rounded coarsely and small ones mostly lost.
+# PyTorch's autocast casts each matmul's inputs to bf16, the fp32 weights included. Why not keep the
+# parameters in bf16? A step changes a weight of about 0.02 by about 0.2 lr: 2.4% at d12's peak rate
+# of 2.4e-3, but 0.2% a thousand steps before the end. Neighboring bf16 numbers are 0.4 to 0.8%
+# apart, so large updates would be rounded coarsely and small ones mostly lost.
 
 def train(args, signals=()):
     """Trains a model with args, from parse_args(). Returns whether the run was stopped early.
@@ -879,16 +875,16 @@ def train(args, signals=()):
     require_same({"step": first_step, "sequences": train_data.total, "dtype": dtype})
 
     # ---- Gradient accumulation splits a step. d12's 512 sequences do not fit on one GPU, so each
-    # rank processes its equal share in micro-batches of batch_size sequences, whose gradients add
+    # rank processes an equal share in micro-batches of batch_size sequences, whose gradients add
     # up. With 16 at a time, one GPU takes 32 micro-batches (grad_accum_steps), two take 16 each.
     compiled = device.type == "cuda" if args.compile is None else args.compile
     batch_size = pick_batch_size(args, model, device, dtype, compiled, world_size)
     sequences_per_rank = args.total_batch_size // (T * world_size)
     grad_accum_steps = sequences_per_rank // batch_size
 
-    # ---- torch.compile turns the model's Python into fused kernels, functions that run on the GPU,
-    # so that intermediate results need not travel to its memory and back. It compiles at the first
-    # call, for about a minute; dynamic=False fixes the shapes.
+    # ---- torch.compile turns the model's Python into fused kernels, each doing several operations,
+    # so intermediate results need not travel to GPU memory and back. The first call compiles, which
+    # takes about a minute; dynamic=False compiles for fixed shapes.
     if compiled:
         model.compile(dynamic=False)
 
@@ -955,15 +951,15 @@ def train(args, signals=()):
             with autocast:
                 loss = ddp_model(x, y)
             # Each loss is a mean over one micro-batch, and backward() adds up the gradients.
-            # Dividing by their number makes the sum the mean over the rank's share.
+            # Dividing by the number of micro-batches makes the sum the mean over the rank's share.
             loss = loss / grad_accum_steps
             # detach() drops the computation graph, the record that backward() follows
             train_loss += loss.detach()
             loss.backward()
 
         # Gradient clipping: if the norm of all gradients, taken as one vector, exceeds grad_clip,
-        # scale them to that norm. Early on most steps are clipped, so all of them count equally in
-        # the moments. Later, clipping keeps the huge gradient of one odd batch from dominating v
+        # scale them down to norm grad_clip. Early on, most steps are clipped, so they count equally
+        # in the moments. Later, clipping keeps the huge gradient of one odd batch from dominating v
         # for its 1 / 0.05 = 20 steps. norm is the norm before clipping.
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
 
@@ -975,7 +971,7 @@ def train(args, signals=()):
             optimizer.zero_grad()
 
         # Python queues kernels and runs ahead of the GPU. .item() waits until the queue is empty,
-        # so the clock then shows the whole step. It leaves the GPU idle, so call it once per step.
+        # so the clock measures the whole step. Waiting leaves the GPU idle, so do it once per step.
         train_loss = train_loss.item()
         # All ranks share the mean loss and the number of signals, so they stop after the same step.
         loss_sum, num_signals = all_sum([train_loss, len(signals)], device)
@@ -1087,7 +1083,7 @@ def pick_dtype(device):
 
 
 def pick_batch_size(args, model, device, dtype, compiled, world_size):
-    """Sequences at a time: --batch_size, or the largest divisor of a rank's share that fits."""
+    """The micro-batch size: --batch_size, or the largest divisor of a rank's share that fits."""
     unit = (args.batch_size or 1) * args.sequence_length * world_size
     if args.total_batch_size % unit:
         sys.exit(f"error: --total_batch_size {args.total_batch_size} must be a multiple of {unit}, "
@@ -1096,17 +1092,17 @@ def pick_batch_size(args, model, device, dtype, compiled, world_size):
         return args.batch_size
     tokens = 4096  # enough to keep a CPU busy
     if device.type == "cuda":
-        # Bytes in use at the peak of a step: per parameter 20 (weight, gradient, optimizer state,
-        # bf16 copy, DDP's buffer). The others were fitted to d12 to d48 with PyTorch's allocator on
-        # a stand-in for the CUDA driver, not on a GPU.
+        # Bytes in use at the peak of a step: about 20 per parameter (weight, gradient, optimizer
+        # state, bf16 copy, DDP's buffer). The factors per channel and per logit were fitted to d12
+        # to d48 with PyTorch's allocator on a stand-in for the CUDA driver, not on a GPU.
         c = model.config
         num_params = sum(p.numel() for p in model.parameters())
         per_channel, per_logit = (35, 2.2) if compiled else (61, 12.3)
         per_token = per_channel * c.n_layer * c.n_embd + per_logit * c.vocab_size
         if dtype == "float32":
             per_token *= 2
-        # Leave a tenth free, and half a gigabyte for CUDA. More than 32,768 tokens would save about
-        # 1% of d12's time, by a roofline model.
+        # Leave a tenth free, and half a gigabyte for CUDA. A roofline model (time bounded by FLOP/s
+        # or bandwidth) predicts that more than 32,768 tokens would save about 1% of d12's time.
         memory = torch.cuda.get_device_properties(device).total_memory
         tokens = min((0.9 * memory - 0.5e9 - 20 * num_params) / per_token, 32768)
     fitting = max(1, tokens // args.sequence_length)
@@ -1122,8 +1118,8 @@ def flops_per_token(model):
     Looking up an embedding takes none. In each layer, q k^T and the weighted average of the values
     take 12 C T more (PaLM, https://arxiv.org/abs/2204.02311, appendix B, which also counts the
     masked half). For d12 that is 6 * 116.5M + 12 * 12 * 768 * 1024 = 812 million, so 4.26e14 per
-    step. 40 to 60% of a GPU's peak is a good share (MFU, model FLOPs utilization); an H100's peak
-    in bf16 is 989 TFLOP/s.
+    step. A good MFU (model FLOPs utilization, the fraction of the GPU's peak) is 40 to 60%; an
+    H100's peak in bf16 is 989 TFLOP/s.
     """
     c = model.config
     num_params = sum(p.numel() for p in model.transformer.h.parameters())
@@ -1222,7 +1218,7 @@ def load_checkpoint(path):
 def load_run(args, model, optimizers, train_data):
     """Restores last.pt. Returns its step, and its last and its lowest validation loss.
 
-    Settings come from the new command; changed ones are printed, or end the run if they must not.
+    Settings come from the new command; changes are printed, or end the run if not allowed.
     """
     path = Path(args.output_dir, "last.pt")
     checkpoint = load_checkpoint(path)
@@ -1241,7 +1237,7 @@ def load_run(args, model, optimizers, train_data):
     if checkpoint.get("num_sequences") != train_data.total:
         notes.append("the training data (some of it will be read twice, and some not at all)")
     if notes:
-        print0(f"NOTE: other than before: {', '.join(notes)}")
+        print0(f"NOTE: changed since the last command: {', '.join(notes)}")
     model.load_state_dict(checkpoint["model"])
     for optimizer, before in zip(optimizers, checkpoint["optimizer"], strict=True):
         # only the moments: settings such as weight decay come from the flags
@@ -1410,7 +1406,7 @@ def parse_args(argv):
     add("--resume", action="store_true", help="continue from last.pt, if there is one")
     add("--init_from", metavar="CHECKPOINT", help="fine-tune this model; its shape wins")
     add("--overfit_single_batch", action="store_true", help="train on the first batch only")
-    add("--device", choices=["cuda", "mps", "cpu"], help="default: the first of these there is")
+    add("--device", choices=["cuda", "mps", "cpu"], help="default: the first available of these")
     add("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 where it is native")
     add("--compile", action=on_off, help="torch.compile; default: on a GPU")
     add("--prompt", default="", help="what samples begin with")
@@ -1448,6 +1444,6 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    # print a character that the terminal lacks as "?"
+    # print "?" for a character that the terminal cannot show
     sys.stdout.reconfigure(errors="replace")
     sys.exit(main(sys.argv[1:]))
