@@ -723,7 +723,7 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
     Why warm up? At first the moments average few noisy gradients, and full steps go astray. Why
     decay? Large steps bounce back and forth across a valley of the loss, and only small ones
     descend into it. Compare runs only at their ends: until then, a run whose rate is still high
-    looks worse than it is. Our wsd (https://arxiv.org/abs/2404.06395) decays over the last 70%, as
+    looks worse than it is. Our wsd (https://arxiv.org/abs/2404.06395) decays over 70%, as in the
     train_gpt_simple.py of the NanoGPT speedrun (https://github.com/KellerJordan/modded-nanogpt).
 
     For d12's 19,073 steps the two recipes of section 5 give:
