@@ -125,6 +125,10 @@ def read_shard(path):
     return np.memmap(path, "<u2", "r", offset=4 * HEADER_INTS)
 
 
+def read_tokens(path, start=0, count=-1):
+    return np.fromfile(path, "<u2", count, offset=4 * HEADER_INTS + 2 * int(start))
+
+
 class ShardWriter:
     """Collects tokens and writes them as FOLDER/NAME_000001.bin and so on."""
 
