@@ -390,7 +390,7 @@ class GPT(nn.Module):
         """
         inputs = "wte", "wpe", "c_q", "c_k", "c_v", "c_gate", "c_up", "c_fc"
         for name, p in self.named_parameters():
-            layer = name.split(".")[-2]
+            layer = f".{name}".split(".")[-2]
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif layer.startswith("ln_") or layer.endswith("_norm"):
@@ -1230,8 +1230,8 @@ def load_checkpoint(path):
         # weights_only: a checkpoint is data and may come from anybody; never run code from it
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # a dozen kinds, and torch does not name the file
-        sys.exit(f"error: {path} cannot be read as a checkpoint: {type(e).__name__}: "
-                 f"{str(e).splitlines()[0]}")
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        sys.exit(f"error: {path} cannot be read as a checkpoint: {reason}")
 
 
 def load_run(args, model, optimizers, train_data):
@@ -1248,6 +1248,8 @@ def load_run(args, model, optimizers, train_data):
     fixed = [name for name in ("total_batch_size", "seed", "optimizer") if name in differ]
     if checkpoint["config"] != asdict(model.config):
         fixed.append("the model")
+    if checkpoint["step"] > args.num_iterations:
+        fixed.append("num_iterations")
     if fixed:
         sys.exit(f"error: {path} needs the {', '.join(fixed)} it began with: {stored['command']}")
     notes = [f"--{name} {value} (was {stored.get(name)})" for name, value in differ.items()
