@@ -27,7 +27,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import textwrap
 import threading
 import types
 from pathlib import Path
@@ -109,14 +108,13 @@ def run_changed(change, argv, codes):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = []
-    for rank in range(len(codes)):
-        # what torchrun sets
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(codes), "MASTER_PORT": port,
-                 "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
-        env = os.environ | {name: str(value) for name, value in names.items()}
-        processes.append(subprocess.Popen([sys.executable, "-c", code, *argv], text=True, env=env,
-                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    # what torchrun sets
+    env = os.environ | {"WORLD_SIZE": str(len(codes)), "TORCHELASTIC_RUN_ID": "test",
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [subprocess.Popen([sys.executable, "-c", code, *argv], text=True,
+                                  env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                 for rank in range(len(codes))]
     try:
         printed = [process.communicate(timeout=300)[0] for process in processes]
     finally:
@@ -206,31 +204,14 @@ def test_overfits_a_single_batch(small):
 # -------------------------------------------------------------------------------------------------
 # 1. The model
 
-@pytest.mark.parametrize("flags, count", [
-    ("--model=tiny", 828_800), ("--model=d12", 116_510_976), ("--model=d24", 329_961_472),
-    ("--model=d36", 719_191_808), ("--model=d48", 1_560_122_944),
-    # OpenAI's number, and 47 rows that pad the vocabulary
-    ("--model=d12 --arch=gpt2", 124_439_808 + 47 * 768),
-])
-def test_parameter_counts(flags, count):
-    args = train_gpt2.parse_args(flags.split())
-    vocab_size = 257 if args.model == "tiny" else 50257
-    model = train_gpt2.make_model(args, vocab_size, torch.device("meta"))
-    assert sum(p.numel() for p in model.parameters()) == count
-
-
 def test_operations():
-    """As the docstring counts those of d12. A matrix that is only looked up costs none."""
+    """As the docstring counts those of d12. An untied embedding, which is only looked up, is free.
+    """
     with torch.device("meta"):
         model = GPT(GPTConfig())
-    assert round(train_gpt2.flops_per_token(model) / 1e6) == 812
-    tied = tiny_model(**GPT2_ARCH)
-    flops = train_gpt2.flops_per_token(tied)
-    looked_up = tied.transformer.wpe.weight.numel()
-    num_params = sum(p.numel() for p in tied.parameters()) - looked_up
-    assert flops == 6 * num_params + 12 * 2 * 32 * 32
-    tied.lm_head.weight = nn.Parameter(tied.lm_head.weight.detach().clone())  # untied
-    assert train_gpt2.flops_per_token(tied) == flops
+        for _ in "tied", "untied":
+            assert round(train_gpt2.flops_per_token(model) / 1e6) == 812
+            model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
 
 
 @pytest.fixture
@@ -274,17 +255,20 @@ def test_no_position_sees_the_future(arch):
     assert torch.equal(a[:20], b[:20]) and not torch.allclose(a[20:], b[20:])
 
 
-def plain_attention(**names):
-    """Runs the plain form in causal_attention's docstring as it stands. Returns its variables."""
-    code = re.search(r"^ +k = .*?^ +return[^\n]*", train_gpt2.causal_attention.__doc__, re.M | re.S)
-    exec(textwrap.dedent(code[0]).replace("return", "y ="), vars(train_gpt2) | names, names)
-    return names
-
-
 class LooksLikeCuda(torch.Tensor):
     """A tensor in the computer's memory that says it is on a GPU."""
 
     device = torch.device("cuda")
+
+
+def plain_attention(q, k, v):
+    """Runs the plain form in causal_attention's docstring as it stands. Returns its variables."""
+    code = re.search(r"^ +k = .*?^ +return", train_gpt2.causal_attention.__doc__, re.M | re.S)[0]
+    code = re.sub("^ +", "", code, flags=re.M).replace("return", "pass")
+    (_, n_head, T, D), n_kv_head = q.shape, k.shape[1]
+    names = dict(q=q, k=k, v=v, n_head=n_head, n_kv_head=n_kv_head, T=T, D=D)
+    exec(code, vars(train_gpt2) | names, names)
+    return names
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
@@ -294,8 +278,9 @@ def test_attention_is_its_plain_form(kind, dtype, tolerance):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, 16, 8, dtype=dtype) for n in (4, 2, 2))
     y = train_gpt2.causal_attention(*(x.as_subclass(kind) for x in (q, k, v)))
-    plain = plain_attention(q=q.float(), k=k.float(), v=v.float(), T=16, D=8, n_head=4, n_kv_head=2)
-    assert torch.allclose(y.as_subclass(torch.Tensor).float(), plain["y"], atol=tolerance)
+    plain = plain_attention(q.float(), k.float(), v.float())
+    y_plain = plain["weights"] @ plain["v"]
+    assert torch.allclose(y.as_subclass(torch.Tensor).float(), y_plain, atol=tolerance)
 
 
 def test_the_worked_example_of_attention():
@@ -303,16 +288,14 @@ def test_the_worked_example_of_attention():
     rows = re.findall(r"^        (-?\d\.\d .*)", train_gpt2.causal_attention.__doc__, re.M)
     table = torch.tensor([[float(x) for x in row.split()] for row in rows])
     scores, masked, weights, output = table.view(1, 1, 3, 10).split([3, 3, 3, 1], dim=-1)
-    q = scores * math.sqrt(3)
-    k = torch.eye(3).view(1, 1, 3, 3)
-    v = torch.tensor([10.0, 20, 30]).view(1, 1, 3, 1)
-    plain = plain_attention(q=q, k=k, v=v, T=3, D=3, n_head=1, n_kv_head=1)
+    plain = plain_attention(scores * math.sqrt(3), torch.eye(3).view(1, 1, 3, 3),
+                            torch.tensor([10.0, 20, 30]).view(1, 1, 3, 1))
     assert torch.allclose(plain["scores"], masked)
     assert torch.allclose(plain["weights"], weights, atol=0.0051)
-    assert torch.allclose(plain["y"], output, atol=0.051)
+    assert torch.allclose(plain["weights"] @ plain["v"], output, atol=0.051)
 
 
-def test_initial_weights(monkeypatch):
+def test_initial_weights():
     """N(0, 0.02^2), smaller where a layer writes into the residual stream; a first loss of ln V.
     A parameter that no rule covers raises."""
     model = tiny_model(n_layer=8, n_embd=128, **GPT2_ARCH)
@@ -325,14 +308,11 @@ def test_initial_weights(monkeypatch):
     x = random_ids(8, 33)
     assert abs(model(x[:, :-1], x[:, 1:]).item() - math.log(100)) < 0.1
 
-    class Experts(train_gpt2.MLP):
-        def __init__(self, config):
-            super().__init__(config)
-            self.experts = nn.Parameter(torch.zeros(2, 32, 32))
-
-    monkeypatch.setattr(train_gpt2, "MLP", Experts)
-    with pytest.raises(ValueError, match="h.0.mlp.experts"):
-        tiny_model()
+    for module in model, model.transformer.h[0].mlp:
+        module.experts = nn.Parameter(torch.zeros(2, 32, 32))
+        with pytest.raises(ValueError, match="no rule for .*experts"):
+            model.init_weights()
+        del module.experts
 
 
 # -------------------------------------------------------------------------------------------------
@@ -388,7 +368,7 @@ def counting_shards(sizes, T, seed=7):
 
 
 def test_every_row_once_an_epoch():
-    """But for the last few tokens of a shard. Rows are those of the file, and never of two."""
+    """But for the last few tokens of a shard. A row is a piece of one file."""
     sizes = (1000, 333, 64, 10, 777)
     loader = counting_shards(sizes, 16)
     assert loader.total == sum((n - 1) // 16 for n in sizes)
@@ -399,9 +379,9 @@ def test_every_row_once_an_epoch():
         assert torch.equal(x[:, 1:], y[:, :-1])
         seen += torch.cat((x, y[:, -1:]), dim=1).tolist()
     rows = []
-    for path, n in zip(sorted(glob.glob("count_*")), sizes, strict=True):
+    for path in sorted(glob.glob("count_*")):
         tokens = np.fromfile(path, "<u2")[512:].tolist()  # after 256 integers of 4 bytes
-        rows += [tokens[i * 16:i * 16 + 17] for i in range((n - 1) // 16)]
+        rows += [tokens[i:i + 17] for i in range(0, len(tokens) - 16, 16)]
     assert sorted(seen) == rows != seen
 
 
@@ -409,85 +389,60 @@ def test_epochs_are_shuffled_anew():
     """Each epoch and each seed has its own order over the rows of all shards, the same one in every
     process."""
     def epoch(number, seed=7):
-        loader = counting_shards((48_001, 16_001), 16, seed)
+        loader = counting_shards((36_001, 12_001), 16, seed)
         return loader.batch(number * loader.total, loader.total, CPU)[0][:, 0].tolist()
 
     assert epoch(0) == epoch(0) and sorted(epoch(0)) == sorted(epoch(1))
     assert epoch(0) != epoch(1) and epoch(0) != epoch(0, seed=8)
     # a quarter of any tenth of it is from the second shard, which has a quarter of the rows
     for tenth in np.split(np.array(epoch(0)), 10):
-        assert 0.17 < (tenth > 48_000).mean() < 0.33
+        assert 0.17 < (tenth > 36_000).mean() < 0.33
     # a batch over the end of an epoch takes from both
-    loader = counting_shards((48_001, 16_001), 16)
+    loader = counting_shards((36_001, 12_001), 16)
     x, _ = loader.batch(loader.total - 2, 4, CPU)
     assert x[:, 0].tolist() == epoch(0)[-2:] + epoch(1)[:2]
-
-
-def test_more_shards_than_open_files():
-    """A process may have about a thousand open files, and FineWeb has 1,030 shards."""
-    resource = pytest.importorskip("resource", reason="Windows has no such limit")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
-    try:
-        x, _ = counting_shards([17] * 1030, 16).batch(0, 1030, CPU)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert sorted(x[:, 0].tolist()) == list(range(0, 17 * 1030, 17))
-
-
-class MeanToken(nn.Module):
-    """Its loss is the mean of the ids. Notes which sequences it has seen."""
-
-    def __init__(self):
-        super().__init__()
-        self.unused = nn.Parameter(torch.zeros(1))
-        self.seen = []
-
-    def forward(self, x, y):
-        self.seen += x[:, 0].tolist()
-        return y.double().mean()
 
 
 @pytest.mark.parametrize("world_size, batch_size", [(1, 1), (1, 16), (1, 500), (2, 16), (3, 4)])
 def test_validation_counts_each_sequence_once(world_size, batch_size, monkeypatch):
     """For any batch size and number of processes: a part from all shards, or all there is."""
     data = counting_shards((500, 600, 700), 16)
+    model = nn.Linear(1, 1)
+    # its loss is the mean of the ids
+    model.forward = lambda x, y: seen.extend(x[:, 0].tolist()) or y.double().mean()
     for num_tokens, count in (40 * 16 + 5, 40), (10**6, data.total):
-        model = MeanToken()
+        seen = []
         parts = []
         for rank in range(world_size):
-            monkeypatch.setattr(train_gpt2, "this_process", lambda: (rank, world_size))  # noqa: B023
+            process = rank, world_size
+            monkeypatch.setattr(train_gpt2, "this_process", lambda process=process: process)
             parts.append(train_gpt2.evaluate(model, data, num_tokens, batch_size))
-        assert len(model.seen) == len(set(model.seen)) == count
-        assert set(np.searchsorted((500, 1100), model.seen, side="right")) == {0, 1, 2}
+        assert len(seen) == len(set(seen)) == count
+        assert set(np.searchsorted((500, 1100), seen, side="right")) == {0, 1, 2}
         assert sum(parts) == pytest.approx(data.batch(0, count, CPU)[1].double().mean().item())
 
 
 # -------------------------------------------------------------------------------------------------
 # 4. The optimizer
 
-def rates(schedule, warmup_iters, steps, num_iterations=19000):
-    return [train_gpt2.get_lr(step, num_iterations, 2.0, warmup_iters, schedule) / 2.0
-            for step in steps]
-
-
 def test_schedules():
-    """A cosine has gone a quarter of its way where a straight line has gone a third."""
+    """A cosine has gone a quarter of its way where a straight line has gone a third. However long
+    the warmup, a step changes the rate by at most two hundredths."""
+    def rates(schedule, warmup_iters, steps, n=19000):
+        return [train_gpt2.get_lr(step, n, 2.0, warmup_iters, schedule) / 2.0 for step in steps]
+
     wanted = [0.1, 0.55, 1, 0.1 + 0.9 * 0.75, 0.55, 0.1]
     assert rates("cosine", 700, [0, 350, 700, 6800, 9850, 19000]) == pytest.approx(wanted)
     steps = [0, 350, 700, 5700, 12350, 19000]
     assert rates("wsd", 700, steps) == pytest.approx([0.1, 0.55, 1, 1, 0.5, 0])
+    for schedule in "wsd", "cosine":
+        for warmup_iters in 0, 250, 500, 900:
+            curve = rates(schedule, warmup_iters, range(1000), 1000)
+            assert max(abs(a - b) for a, b in zip(curve, curve[1:], strict=False)) < 0.02
+            assert min(curve) > 0 and max(curve) <= 1
+            assert curve[0] == (0.1 if warmup_iters else 1)
     with pytest.raises(ValueError):
         rates("linear", 700, [18000])
-
-
-@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
-@pytest.mark.parametrize("warmup_iters", [0, 250, 500, 900])
-def test_rates_have_no_jump(schedule, warmup_iters):
-    """However long the warmup: a step changes the rate by two hundredths at most."""
-    curve = rates(schedule, warmup_iters, range(1000), 1000)
-    assert max(abs(a - b) for a, b in zip(curve, curve[1:], strict=False)) < 0.02
-    assert min(curve) > 0 and max(curve) <= 1 and curve[0] == (0.1 if warmup_iters else 1)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -516,20 +471,17 @@ def test_muon_is_pytorchs():
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("this PyTorch has no Muon")
     torch.manual_seed(0)
-    begin = [torch.randn(shape) for shape in [*3 * [(24, 48)], (48, 48), (128, 48), (48, 128)]]
-    after = []
-    for muon in (lambda params: train_gpt2.Muon(params, 0.01, 0.1, torch.float32),
-                 lambda params: torch.optim.Muon(params, 0.01, 0.1, 0.95,
-                                                 adjust_lr_fn="match_rms_adamw")):
-        params = [nn.Parameter(w.clone()) for w in begin]
-        optimizer = muon(params)
-        for step in range(3):
-            for p in params:
-                torch.manual_seed(step)  # a gradient depends on the step and its own matrix
-                p.grad = torch.randn_like(p) + (5 * p.detach()).sin()
+    shapes = [(24, 48), (24, 48), (24, 48), (48, 48), (128, 48), (48, 128)]
+    begin = [torch.randn(shape) for shape in shapes]
+    ours, theirs = ([nn.Parameter(w.clone()) for w in begin] for _ in range(2))
+    optimizers = (train_gpt2.Muon(ours, 0.01, 0.1, torch.float32),
+                  torch.optim.Muon(theirs, 0.01, 0.1, 0.95, adjust_lr_fn="match_rms_adamw"))
+    for _ in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = q.grad = torch.randn_like(p)
+        for optimizer in optimizers:
             optimizer.step()
-        after.append(params)
-    for p, q, first in zip(*after, begin, strict=True):
+    for p, q, first in zip(ours, theirs, begin, strict=True):
         # as close as bf16 gets: small beside the way that they have gone
         assert (p - q).norm() < 0.05 * (q - first).norm()
 
@@ -537,22 +489,19 @@ def test_muon_is_pytorchs():
 def test_the_worked_example_of_orthogonalize():
     """The three lines of its docstring, and the interval named below them."""
     doc = train_gpt2.orthogonalize.__doc__
-    examples = []
-    for name in r"X = U S V\^T", r"U V\^T", r"orthogonalize\(X\)":
-        matrix, first, second = re.search(
-            rf"^ +{name} +(\[\[.*\]\]) +(?:singular values )?(\S+) and (\S+)$", doc, re.M).groups()
-        examples.append((torch.tensor(json.loads(matrix)).float(), [float(first), float(second)]))
-    X = examples[0][0]
+    lines = re.findall(r"(\[\[.*\]\]) +(?:singular values )?(\S+) and (\S+)$", doc, re.M)
+    X = torch.tensor(json.loads(lines[0][0])).float()
     U, _, Vh = torch.linalg.svd(X)
-    for ours, (matrix, singular_values) in zip((X, U @ Vh, train_gpt2.orthogonalize(X[None])[0]),
-                                               examples, strict=True):
-        assert torch.allclose(ours, matrix, atol=0.0051)
-        assert torch.linalg.svdvals(ours).tolist() == pytest.approx(singular_values, abs=0.0051)
+    matrices = X, U @ Vh, train_gpt2.orthogonalize(X[None])[0]
+    for ours, (shown, *values) in zip(matrices, lines, strict=True):
+        assert torch.allclose(ours, torch.tensor(json.loads(shown)).float(), atol=0.0051)
+        values = [float(value) for value in values]
+        assert torch.linalg.svdvals(ours).tolist() == pytest.approx(values, abs=0.0051)
     # diagonal matrices of norm 1, whose singular values are their entries
     s = torch.linspace(1 / 500, 1, 20_001).double()
     moved = train_gpt2.orthogonalize(torch.diag_embed(torch.stack((s, (1 - s * s).sqrt()), dim=1)))
-    low, high = re.search(r"between 1/500 and\s+1 to between (\S+) and (\S+),", doc).groups()
-    assert [f"{moved[:, 0, 0].min():.2f}", f"{moved[:, 0, 0].max():.2f}"] == [low, high]
+    interval = re.search(r"between 1/500 and\s+1 to between (\S+) and (\S+),", doc).groups()
+    assert tuple(f"{limit:.2f}" for limit in moved[:, 0, 0].aminmax()) == interval
 
 
 # -------------------------------------------------------------------------------------------------
@@ -564,17 +513,22 @@ ORIGINAL = dict(optimizer="adamw", schedule="cosine", qk_norm=False)
 
 @pytest.mark.parametrize("flags, values", [
     ("", dict(
-        VARIANT, model="tiny", n_layer=4, n_head=4, n_kv_head=2, n_embd=128, learning_rate=4e-3,
+        VARIANT, num_params=828_800, n_layer=4, n_head=4, n_kv_head=2, n_embd=128,
         sequence_length=128, total_batch_size=2048, num_iterations=600, warmup_iters=20,
-        val_loss_every=200, log_every=20, compile=False, output_dir="logtiny")),
+        learning_rate=4e-3, val_loss_every=200, log_every=20, compile=False,
+        output_dir="logtiny")),
     ("--model=d12", dict(
-        VARIANT, n_layer=12, n_head=12, n_kv_head=6, n_embd=768, learning_rate=2.4e-3,
+        VARIANT, num_params=116_510_976, n_layer=12, n_head=12, n_kv_head=6, n_embd=768,
         sequence_length=1024, total_batch_size=524288, num_iterations=19073, warmup_iters=250,
         val_loss_every=250, log_every=1, compile=None, optimizer="muon", schedule="wsd",
-        weight_decay=0.1, grad_clip=1.0, output_dir="log124M")),
-    ("--model=d48", dict(n_kv_head=25, learning_rate=8e-4, output_dir="log1558M")),
+        learning_rate=2.4e-3, weight_decay=0.1, grad_clip=1.0, output_dir="log124M")),
+    ("--model=d24", dict(num_params=329_961_472)), ("--model=d36", dict(num_params=719_191_808)),
+    ("--model=d48", dict(num_params=1_560_122_944, n_kv_head=25, learning_rate=8e-4,
+                           output_dir="log1558M")),
     ("--model=d12 --arch=gpt2 --n_head=8 --pos=rope",
      dict(train_gpt2.GPT2, n_kv_head=8, pos="rope", optimizer="muon")),
+    # OpenAI's number, and 47 rows that pad the vocabulary
+    ("--model=d12 --arch=gpt2", dict(num_params=124_439_808 + 47 * 768)),
     ("--model=d12 --recipe=original --optimizer=muon",
      dict(ORIGINAL, optimizer="muon", learning_rate=1.2e-3, warmup_iters=715)),
     # a short run warms up for a tenth of it, unless something else is typed
@@ -584,8 +538,10 @@ ORIGINAL = dict(optimizer="adamw", schedule="cosine", qk_norm=False)
 def test_presets_and_recipes(flags, values):
     """Value by value; and a flag beside a preset, --arch or --recipe wins."""
     args = train_gpt2.parse_args(flags.split())
-    model = train_gpt2.make_model(args, 50257, torch.device("meta"))
+    vocab_size = 257 if args.model == "tiny" else 50257
+    model = train_gpt2.make_model(args, vocab_size, torch.device("meta"))
     settings = vars(args) | dataclasses.asdict(model.config)
+    settings["num_params"] = sum(p.numel() for p in model.parameters())
     assert {name: settings[name] for name in values} == values
 
 
@@ -600,18 +556,18 @@ def test_train_is_its_plain_form(grad_clip, small, capsys):
     folder.mkdir()
     for name in "train_000001", "val_000000":
         shutil.copy(f"sums_{name}.bin", folder / f"stdlib_{name}.bin")
-    main(["--num_iterations=6", "--warmup_iters=20", "--val_loss_every=0", "--device=cpu",
+    main(["--num_iterations=3", "--warmup_iters=20", "--val_loss_every=0", "--device=cpu",
           "--dtype=float32", f"--grad_clip={grad_clip}"])
     text = SCRIPT.read_text("utf-8").split("\n# 6. Training")[1].split("# You could train")[0]
-    code = "\n".join(re.findall("^#     (.*)", text, re.M)).replace("600", "6")
+    code = "\n".join(re.findall("^#     (.*)", text, re.M)).replace("600", "3")
     code = code.replace("loss.backward()", "losses.append(loss.item()); loss.backward()")
-    code = code.replace("model.parameters(), 1.0", f"model.parameters(), {grad_clip or math.inf}")
+    code = code.replace("model.parameters(), 1.0", f"model.parameters(), {grad_clip or 'math.inf'}")
     names = vars(train_gpt2) | {"losses": []}
     capsys.readouterr()
     exec(code, names)
     assert names["losses"] == pytest.approx(list(log_of("logtiny").values()), rel=1e-5)
     val_loss = float(capsys.readouterr().out)
-    assert val_loss == pytest.approx(log_of("logtiny", "tel")[6], rel=1e-5)
+    assert val_loss == pytest.approx(log_of("logtiny", "tel")[3], rel=1e-5)
     assert max(log_of("logtiny", NORM).values()) > 1
 
 
@@ -622,22 +578,13 @@ def test_accumulation_equals_one_large_batch(small):
     assert_close_logs("log2", "log16", 1e-4)
 
 
-def test_dropout_is_off_except_in_training(small, monkeypatch):
-    """A module like dropout is in training mode in the steps alone, also after a sample."""
-    init = GPT.__init__
+def test_dropout_is_off_except_in_training(small):
+    """Every module is in training mode in the steps alone, also after a sample."""
     seen = set()
-
-    class Spy(nn.Module):
-        def forward(self, x):
-            seen.add((self.training, torch.is_grad_enabled()))
-            return x
-
-    def with_spy(model, config):
-        init(model, config)
-        model.transformer["ln_f"] = nn.Sequential(model.transformer["ln_f"], Spy())
-
-    monkeypatch.setattr(GPT, "__init__", with_spy)
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen.add((module.training, torch.is_grad_enabled())))
     main(small)
+    hook.remove()
     assert seen == {(True, True), (False, False)}
     assert not train_gpt2.load_model("log/best.pt", CPU)[0].training
 
@@ -688,14 +635,14 @@ def test_resuming_with_other_flags(small, capsys):
     command = shlex.join(["python", "train_gpt2.py", *small])
     for flag, name in (("--total_batch_size=1024", "total_batch_size"), ("--seed=3", "seed"),
                        ("--optimizer=adamw", "optimizer"), ("--n_layer=3", "the model"),
-                       ("--arch=gpt2", "the model"), ("--sequence_length=64", "the model")):
+                       ("--arch=gpt2", "the model"), ("--sequence_length=64", "the model"),
+                       ("--num_iterations=5", "num_iterations")):
         fails([*small, "--resume", flag], capsys, "last.pt", name, command)
     assert files() == before
     again = [*small, "--resume", "--num_iterations=8", "--learning_rate=0.004"]
     assert main(again) == 0
     [note] = re.findall("^NOTE: .*", capsys.readouterr().out, re.M)
-    assert set(re.findall(r"--(\w+)", note)) == {"num_iterations", "learning_rate", "warmup_iters"
-                                                 } - {"warmup_iters"}, note
+    assert set(re.findall(r"--(\w+)", note)) == {"num_iterations", "learning_rate"}, note
     state = load("log/last.pt")
     assert state["step"] == 8 and state["args"]["learning_rate"] == 0.004
     # the order of the data depends on its size
@@ -775,23 +722,19 @@ def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(monkeypatch):
     assert calls == ["fsync", "replace"] and load("a.pt") == {"step": 3}
 
 
-def test_a_terminal_that_is_gone_ends_no_run(small, monkeypatch):
+@contextlib.contextmanager
+def nobody_reads():
+    """As after Ctrl-C in `python train_gpt2.py 2>&1 | tee log`: it also ended tee."""
     def gone(*args):
         raise BrokenPipeError
 
-    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=gone, flush=gone))
-    assert main(small) == 0 and load("log/last.pt")["step"] == 6
-
-
-@contextlib.contextmanager
-def nobody_reads_stderr():
-    """As after Ctrl-C in `python train_gpt2.py 2>&1 | tee log`: it also ended tee."""
     usual = os.dup(2)
     read_end, write_end = os.pipe()
     os.dup2(write_end, 2)
     os.close(write_end)
     os.close(read_end)
-    yield
+    with contextlib.redirect_stdout(types.SimpleNamespace(write=gone, flush=gone)):
+        yield
     os.dup2(usual, 2)
     os.close(usual)
 
@@ -804,28 +747,26 @@ def test_signals_stop_a_run_gently(small, capsys, monkeypatch):
     main([*small, "--output_dir=straight"])
     exec(TRACE, globals())
     argv = [*small, "--output_dir=my log"]
-    for number, step, stderr in ((signal.SIGINT, 1, contextlib.nullcontext),
-                                 (signal.SIGTERM, 3, nobody_reads_stderr)):
-        with monkeypatch.context() as patch, stderr():
+    for number, step, terminal in ((signal.SIGINT, 1, contextlib.nullcontext),
+                                   (signal.SIGTERM, 3, nobody_reads)):
+        with monkeypatch.context() as patch, terminal():
             in_step(patch, step, number)
             assert main(argv) == 128 + number
         assert load("my log/last.pt")["step"] == step + 1
         assert max(log_of("my log", "tel")) <= step
-        command = shlex.split(capsys.readouterr().out.splitlines()[-1])
-        argv = command[2:]
-        assert command[:2] == ["python", "train_gpt2.py"] and argv.count("--resume") == 1
-    assert main(argv) == 0
+        if terminal is not nobody_reads:
+            argv = shlex.split(capsys.readouterr().out.splitlines()[-1])[2:]
+    assert main(argv) == 0 and argv.count("--resume") == 1
     assert_same_run("my log", "straight")
     assert_each_read_once(6 * 16)
 
 
-def test_a_second_ctrl_c_ends_immediately(small, capsys, monkeypatch):
+def test_a_second_ctrl_c_ends_immediately(small, monkeypatch):
     """In the middle of a step. Where there is no last.pt yet, --resume begins."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         in_step(patch, 1, signal.SIGINT, signal.SIGINT)
         main([*small, "--val_loss_every=0"])
     assert os.listdir("log") == ["main.log"]
-    fails(small, capsys, "log exists", "--resume", "--output_dir")
     assert main([*small, "--resume"]) == 0 and load("log/last.pt")["step"] == 6
 
 
@@ -856,13 +797,15 @@ def test_one_process_begins_and_two_go_on(small, monkeypatch):
         in_step(patch, 4)
         main(small)
     out = run_changed("""
+init = torch.distributed.init_process_group  # once is enough
+torch.distributed.init_process_group = lambda *args, **how: (
+    torch.distributed.is_initialized() or init(*args, **how))
 # rank 1 is on a machine with another processor, without one shard, and without last.pt
 for flag in "--dtype=bfloat16", "--input_bin=sums_train_000001.bin", "--output_dir=elsewhere":
     try:
         train_gpt2.main([*sys.argv[1:], *([flag] if rank == "1" else [])])
     except SystemExit as e:
         print(e.code)
-    torch.distributed.destroy_process_group()
 real = train_gpt2.get_lr
 def get_lr(step, *settings):
     if step == 6 and rank == "1":
@@ -908,7 +851,7 @@ def test_micro_batches_divide_a_step():
         return train_gpt2.pick_batch_size(args, tiny_model(), CPU, "float32", False, world_size)
 
     assert [pick(512), pick(6), pick(5), pick(6, 2), pick(8, 4)] == [4, 3, 1, 3, 2]
-    assert pick(512, batch_size=64) == 64 and pick(2, sequence_length=8192) == 1
+    assert pick(512, batch_size=64) == 64 and pick(16, sequence_length=8192) == 1
     with pytest.raises(SystemExit):
         pick(6, world_size=4)
 
@@ -933,6 +876,8 @@ def test_an_import_has_no_side_effects(monkeypatch, capsys):
 def test_generate(monkeypatch):
     """With top_k=1 the likeliest id each time, over as much of the text as the model can read."""
     model = tiny_model(shake=0.3)  # without, it would only repeat itself
+    with torch.no_grad():
+        model.lm_head.weight[99] = 0.0  # nor should it end
     ids = [5]
     for token in train_gpt2.generate(model, [5], 60, top_k=1):
         assert token == model(torch.tensor([ids[-32:]]))[0, -1].argmax()
@@ -948,8 +893,7 @@ def test_generate(monkeypatch):
     likeliest = model(torch.tensor([[5]]))[0, -1].topk(5).indices.tolist()
     assert firsts <= set(likeliest) and len(firsts) > 2
     # it stops before <|endoftext|>, the last id, here of a model that counts
-    counts = lambda idx: 99.0 * F.one_hot((idx + 1) % 100, 100)  # noqa: E731
-    monkeypatch.setattr(model, "forward", counts)
+    monkeypatch.setattr(model, "forward", lambda idx: 99.0 * F.one_hot((idx + 1) % 100, 100))
     assert list(train_gpt2.generate(model, [90], 60)) == list(range(91, 99))
 
 
