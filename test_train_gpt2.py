@@ -193,8 +193,8 @@ both_archs = pytest.mark.parametrize("arch", [{}, GPT2_ARCH], ids=["variant", "G
 
 def test_overfits_a_single_batch(small):
     """If model, loss, gradients and optimizers are right, it memorizes a batch."""
-    main([*small, "--overfit_single_batch", "--n_embd=256", "--num_iterations=40",
-          "--total_batch_size=256", "--val_loss_every=0"])
+    main([*small, "--overfit_single_batch", "--n_embd=128", "--num_iterations=40",
+          "--total_batch_size=128", "--learning_rate=6e-3", "--val_loss_every=0"])
     losses = log_of()
     assert abs(losses[0] - math.log(257)) < 0.5 and losses[39] < 0.05, losses
     # 0 means at the end only
