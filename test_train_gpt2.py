@@ -8,7 +8,6 @@ a user may not have is skipped. Every run is made in its own empty folder, on a 
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import glob
@@ -475,18 +474,18 @@ def test_muon_is_pytorchs():
 def test_the_worked_example_of_orthogonalize():
     """The three lines of its docstring, and the interval named below them."""
     doc = train_gpt2.orthogonalize.__doc__
-    lines = re.findall(r"(\[\[.*\]\]) +(?:singular values )?(\S+) and (\S+)$", doc, re.M)
+    lines = re.findall(r"(\[\[.*\]\]) +(?:singular values )?([\d.]+), ([\d.]+)", doc)
     X = torch.tensor(json.loads(lines[0][0])).float()
     U, _, Vh = torch.linalg.svd(X)
     matrices = X, U @ Vh, train_gpt2.orthogonalize(X[None])[0]
     for ours, (shown, *values) in zip(matrices, lines, strict=True):
         assert torch.allclose(ours, torch.tensor(json.loads(shown)).float(), atol=0.0051)
-        values = [float(value) for value in values]
+        values = sorted(map(float, values), reverse=True)
         assert torch.linalg.svdvals(ours).tolist() == pytest.approx(values, abs=0.0051)
     # diagonal matrices of norm 1, whose singular values are their entries
     s = torch.linspace(1 / 500, 1, 20_001).double()
     moved = train_gpt2.orthogonalize(torch.diag_embed(torch.stack((s, (1 - s * s).sqrt()), dim=1)))
-    interval = re.search(r"between 1/500 and\s+1 to between (\S+) and (\S+),", doc).groups()
+    interval = re.search(r"between 1/500\s+and 1 to between (\S+) and (\S+) ", doc).groups()
     assert tuple(f"{limit:.2f}" for limit in moved[:, 0, 0].aminmax()) == interval
 
 
@@ -653,7 +652,7 @@ def test_best_and_last(small, monkeypatch, capsys):
     assert train_gpt2.evaluate(model, data, 2048) == pytest.approx(lowest, abs=1e-5)
     # the printed command can be pasted
     command = capsys.readouterr().out.splitlines()[-1]
-    assert main(shlex.split(command)[2:]) == 0 and capsys.readouterr().out.startswith("def ")
+    assert main(shlex.split(command)[2:]) == 0
     # a resumed run knows what was lowest
     main([*small, "--num_iterations=14", "--resume"])
     assert load("my log/best.pt")["step"] == best["step"]
@@ -825,6 +824,20 @@ def test_micro_batches_divide_a_step():
         pick(6, world_size=4)
 
 
+@pytest.mark.parametrize("model, gigabytes, compiled, sequences", [
+    ("d12", 80, True, 32), ("d24", 80, True, 32), ("d36", 80, True, 32), ("d48", 80, True, 8),
+    ("d12", 8, True, 8), ("d24", 16, True, 4), ("d12", 80, False, 32), ("d12", 8, False, 2)])
+def test_micro_batches_fit_the_gpu(model, gigabytes, compiled, sequences, monkeypatch):
+    """With a tenth of the memory to spare. fp32 takes twice as much, and DDP's ranks divide it."""
+    args = train_gpt2.parse_args([f"--model={model}"])
+    gpt = train_gpt2.make_model(args, 50257, torch.device("meta"))
+    memory = types.SimpleNamespace(total_memory=gigabytes * 1e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    for dtype, factor in ("bfloat16", 1), ("float32", 2):
+        size = train_gpt2.pick_batch_size(args, gpt, torch.device("cuda"), dtype, compiled, 1)
+        assert sequences // factor <= size <= sequences
+
+
 def test_an_import_has_no_side_effects(monkeypatch, capsys):
     """In a notebook, whatever is on the command line. And these tests import on Windows."""
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
@@ -880,10 +893,10 @@ def test_prompts_and_pieces_of_characters(monkeypatch):
     prompts = []
     monkeypatch.setattr(train_gpt2, "generate", lambda model, ids, *args, **how: (
         prompts.append(ids) or iter([*"né→".encode(), 0xE2, 0x41])))
-    for prompt in "dé", "<|endoftext|>dé", None:
+    for prompt in "dé", "":
         text = train_gpt2.sample(tiny_model(vocab_size=257), "bytes", prompt)
-        assert text == f"{prompt or 'def '}né→\N{REPLACEMENT CHARACTER}A"
-    assert prompts == [[256, 100, 0xC3, 0xA9], [256, 100, 0xC3, 0xA9], [256, *b"def "]]
+        assert text == f"{prompt}né→\N{REPLACEMENT CHARACTER}A"
+    assert prompts == [[256, 100, 0xC3, 0xA9], [256]]
 
 
 def save_model(path, model, tokenizer="gpt2"):
@@ -1123,7 +1136,7 @@ def test_shards_are_not_kept_open():
         x, _ = TokenLoader("a_train_*.bin", 16).batch(0, 149, CPU)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert [part[0] for part in tokens] == x[:, 0].tolist() == list(range(1, 150))
+    assert [part[0] for part in tokens] == sorted(x[:, 0].tolist()) == list(range(1, 150))
 
 
 def test_the_worked_example_is_true(bpe):
@@ -1682,7 +1695,7 @@ def test_figures_agree_with_logs():
     known = set()
     for group in {path.name for path in LOGS.iterdir() if path.is_dir()} - {"lab"}:
         for cell in re.split(r" ?[|\n] ?", ablation.table(LOGS, group)):
-            known.add(cell.split(",")[0].replace("%", " %"))
+            known.add(cell.split(",")[0])
         # single runs, and how far those of the default lie apart
         ends = [curve[-1][1] for curve in ablation.curves(LOGS, group, "today").values()]
         known |= {f"{loss:.3f}" for loss in ends}
