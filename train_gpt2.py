@@ -193,8 +193,9 @@ def causal_attention(q, k, v):
     q (B, n_head, T, D), k and v (B, n_kv_head, T, D) -> (B, n_head, T, D). Several query heads
     may share one key/value head. In plain PyTorch:
 
-        k = k.repeat_interleave(n_head // n_kv_head, dim=1)     # one per query head:
-        v = v.repeat_interleave(n_head // n_kv_head, dim=1)     # (B, n_head, T, D)
+        B, n_head, T, D = q.shape
+        k = k.repeat_interleave(n_head // k.size(1), dim=1)     # one per query head:
+        v = v.repeat_interleave(n_head // v.size(1), dim=1)     # (B, n_head, T, D)
         scores = q @ k.transpose(2, 3) / math.sqrt(D)           # (B, n_head, T, T)
         future = torch.ones(T, T).triu(1).bool()                # row t, column u: True where u > t
         scores = scores.masked_fill(future, -math.inf)          # the causal mask
@@ -216,7 +217,7 @@ def causal_attention(q, k, v):
     """
     # Flash attention (https://arxiv.org/abs/2205.14135) is a kernel, one compiled routine, for the
     # same numbers. Its tiles fit the GPU's fast on-chip SRAM, and no (T, T) matrix is stored. To
-    # inspect the attention weights, run the plain PyTorch above instead.
+    # inspect the attention weights, assign the plain form to train_gpt2.causal_attention.
     if q.device.type == "cpu":
         # CPUs run this kernel faster in fp32 (tiny: 5 ms instead of 13 on an AMD Zen 4)
         q, k, v = q.float(), k.float(), v.float()
@@ -386,7 +387,7 @@ class GPT(nn.Module):
         """
         inputs = "wte", "wpe", "c_q", "c_k", "c_v", "c_gate", "c_up", "c_fc"
         for name, p in self.named_parameters():
-            layer = f".{name}".split(".")[-2]  # "" if the parameter is GPT's own
+            layer = name.removesuffix(".weight").split(".")[-1]
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif layer.startswith("ln_") or layer.endswith("_norm"):
@@ -536,6 +537,7 @@ def evaluate(model, data, num_tokens, batch_size=16):
     training text does badly on it. Calls with the same data use the same sequences, each only once,
     even if they hold fewer than num_tokens tokens.
     """
+    model.eval()  # matters only if you add dropout
     device = next(model.parameters()).device
     num_sequences = max(1, min(num_tokens // data.T, data.total))
     # With several GPUs, each process, number `rank` of world_size, evaluates a share. Weighting by
@@ -918,7 +920,6 @@ def train(args, signals=()):
 
         # Evaluate on held-out text. At step 0 the loss should be near ln V.
         if last or (args.val_loss_every > 0 and step % args.val_loss_every == 0):
-            model.eval()  # matters only if you add dropout
             with autocast:
                 val_loss = evaluate(model, val_data, args.val_tokens, batch_size)
             print0(f"step {step:5d}/{args.num_iterations} | val loss {val_loss:.6f}")
@@ -1150,15 +1151,15 @@ def open_data(args):
 
 
 def make_model(args, vocab_size, device):
-    """The GPT that the flags ask for, with random weights, or the model in --init_from."""
+    """The GPT that the flags ask for, with random weights or those of --init_from."""
     config = {f.name: getattr(args, f.name) for f in fields(GPTConfig) if f.name in args}
     config |= {"block_size": args.sequence_length, "vocab_size": vocab_size}
     if args.init_from:
         checkpoint = load_checkpoint(args.init_from)
-        config = checkpoint["config"]
-        if config["vocab_size"] != vocab_size:
-            sys.exit(f"error: {args.init_from} has {config['vocab_size']} ids, and the shards have "
-                     f"{vocab_size}: make shards with its tokenizer")
+        config["block_size"] = checkpoint["config"]["block_size"]
+        if checkpoint["config"]["vocab_size"] != vocab_size:
+            sys.exit(f"error: {args.init_from} and the shards ({vocab_size} ids) have "
+                     f"different vocabularies: make shards with its tokenizer")
     torch.manual_seed(args.seed)
     try:
         # `with device:` creates the weights on the device; a CPU is slow at a billion of them
@@ -1184,8 +1185,8 @@ def require_finite(name, value, folder):
 def write_log(folder, line):
     """Appends a line to main.log, in llm.c's format, such as s:250 tel:6.171
 
-    s is the step, trl the training loss, tel the validation loss. After a crash the steps since
-    last.pt are repeated and logged again, so the later line counts.
+    s is the step, trl the training loss, tel the validation loss. A step that is repeated after a
+    crash is logged again, and the later line counts.
     """
     if this_process()[0] == 0:
         with open(folder / "main.log", "a", encoding="utf-8") as f:
@@ -1216,18 +1217,19 @@ def load_checkpoint(path):
 
 
 def load_run(args, model, optimizers, train_data):
-    """Restores last.pt. Returns its step, and its last and its lowest validation loss.
-
-    Settings come from the new command; changes are printed, or end the run if not allowed.
-    """
+    """Restores last.pt. Returns its step, and its last and its lowest validation loss."""
     path = Path(args.output_dir, "last.pt")
     checkpoint = load_checkpoint(path)
     stored = checkpoint["args"]
     differ = {name: value for name, value in vars(args).items() if value != stored.get(name)}
-    # the position in the data depends on two of these, the optimizer state on the third
-    fixed = [name for name in ("total_batch_size", "seed", "optimizer") if name in differ]
+    # Settings come from the new command, but the position in the data depends on two of them, ...
+    fixed = [name for name in ("total_batch_size", "seed") if name in differ]
+    # ... and the weights and moments fit only the same model and groups of parameters
     if checkpoint["config"] != asdict(model.config):
         fixed.append("model")
+    sizes = [len(g["params"]) for optimizer in optimizers for g in optimizer.param_groups]
+    if sizes != [len(g["params"]) for o in checkpoint["optimizer"] for g in o["param_groups"]]:
+        fixed.append("optimizer")
     if checkpoint["step"] > args.num_iterations:
         fixed.append("num_iterations")
     if fixed:
@@ -1354,10 +1356,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=50, generator=No
 
 
 def sample(model, tokenizer, prompt="", seed=0, max_new_tokens=200, **options):
-    """The prompt and the model's continuation, as text.
-
-    tokenizer: its name, as load_model() returns it. options: temperature and top_k of generate().
-    """
+    """The prompt and its continuation, as text. tokenizer: its name; options: see generate()."""
     encode, decode = load_tokenizer(tokenizer)
     # in training every document begins with <|endoftext|>, so the prompt does as well
     ids = [model.config.vocab_size - 1, *encode(prompt)]
@@ -1382,7 +1381,7 @@ def print_sample(model, tokenizer, args, step):
 # 10. The command line
 
 def parse_args(argv):
-    """Returns the settings. Typed flags win over --arch, then --recipe, then the preset."""
+    """Returns the settings. Typed flags win, then --init_from, --arch, --recipe, and the preset."""
     show_as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=show_as_written)
     # one line, without argparse's page of usage
@@ -1404,7 +1403,7 @@ def parse_args(argv):
         add(f"--{name}", **how, help=f"see GPTConfig and DEFAULTS [{value}]")
     add("--output_dir", help="folder for main.log, last.pt and best.pt; default: the preset's")
     add("--resume", action="store_true", help="continue from last.pt, if there is one")
-    add("--init_from", metavar="CHECKPOINT", help="fine-tune this model; its shape wins")
+    add("--init_from", metavar="CHECKPOINT", help="fine-tune it; default shape: the checkpoint's")
     add("--overfit_single_batch", action="store_true", help="train on the first batch only")
     add("--device", choices=["cuda", "mps", "cpu"], help="default: the first available of these")
     add("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 where it is native")
@@ -1419,6 +1418,9 @@ def parse_args(argv):
         defaults["learning_rate"] /= 2
     if typed.arch == "gpt2":
         defaults |= GPT2 | {"n_kv_head": typed.n_head or defaults["n_head"]}
+    if typed.init_from:
+        stored = load_checkpoint(typed.init_from)["config"]
+        defaults |= {name: stored[name] for name in shape if name in stored}
     if typed.num_iterations is not None:
         # a short run should not be all warmup
         defaults["warmup_iters"] = min(defaults["warmup_iters"], typed.num_iterations // 10)
