@@ -966,7 +966,7 @@ ERRORS = [
     ("", "--sample=nowhere.pt", "nowhere.pt FileNotFoundError"),
     ("write('a_file', b'hello')", "--sample=a_file", "a_file checkpoint"),
     ("write('a_file', b'')", "--init_from=a_file", "a_file checkpoint"),
-    ("save_model('a.pt', tiny_model())", "--init_from=a.pt", "a.pt 100 257 tokenizer"),
+    ("save_model('a.pt', tiny_model())", "--init_from=a.pt", "a.pt 257 tokenizer"),
     ("main(small), os.truncate('log/last.pt', 9000)", "--resume", "last.pt checkpoint"),
     # what cannot be converted
     ("save_model('a.pt', tiny_model(), 'bytes')", "report/convert.py a.pt out", "a.pt bytes"),

@@ -1384,8 +1384,7 @@ def parse_args(argv):
     """Returns the settings. Typed flags win, then --init_from, --arch, --recipe, and the preset."""
     show_as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=show_as_written)
-    # one line, without argparse's page of usage
-    parser.error = lambda message: sys.exit(f"error: {message}; see --help")
+    parser.error = lambda message: sys.exit(f"error: {message}; see --help")  # no page of usage
     add = parser.add_argument
     on_off = argparse.BooleanOptionalAction  # makes --qk_norm and --no-qk_norm
 
