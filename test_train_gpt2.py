@@ -15,12 +15,12 @@ import fnmatch
 import functools
 import glob
 import importlib
-import itertools
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import statistics
@@ -28,7 +28,6 @@ import subprocess
 import sys
 import types
 from pathlib import Path
-from unittest import mock
 
 import filelock
 import numpy as np
@@ -1067,8 +1066,8 @@ def write_parquet(path, texts):
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"text": texts}), path)
 
-TEXTS = ["plain words, and more of them\n", "<|endoftext|> is only a word here<|endoftext|>", " ",
-         "naïve 🙂 中文 \u0301\r\n\ttab   spaces   ", "\n\n\n a\n\nb \n", "a" * 300] * 10
+TEXTS = ["plain words\n", "<|endoftext|> is only a word here<|endoftext|>", " ",
+         "naïve 🙂 中文 \u0301\r\n\ttab   spaces   "] * 10
 
 
 def words(n):
@@ -1123,16 +1122,13 @@ def test_stdlib_corpus():
 
 
 def test_documents_are_split_without_changing_their_tokens(bpe):
-    """A chunk may end at any boundary, also in FineWeb itself. A text without one is split too."""
+    """A chunk may end at any boundary. A text without boundaries is split, too."""
     assert fineweb.split_document("a" * 50, 10) == ["a" * 20, "a" * 20, "a" * 10]
     rng = np.random.default_rng(0)
     text = "".join(rng.choice(list("ab1.!'\"\n\t    é的\u00a0\u3000\x1c\x85🙂sdtlvre"), 20_000))
-    for path in sorted(Path(os.environ.get("FINEWEB_SAMPLE", "nowhere")).rglob("*.parquet"))[:1]:
-        text += "".join(itertools.islice(fineweb.read_files([path]), 100))
-    for chunks in re.split(fineweb.BOUNDARY, text), fineweb.split_document(text, 5000):
-        ids = bpe.encode_ordinary_batch(chunks)
-        assert "".join(chunks) == text
-        assert list(itertools.chain(*ids)) == bpe.encode_ordinary(text)
+    for chunks in re.split(fineweb.BOUNDARY, text), fineweb.split_document(text, 100):
+        ids = [i for chunk in chunks for i in bpe.encode_ordinary(chunk)]
+        assert "".join(chunks) == text and ids == bpe.encode_ordinary(text)
 
 
 @pytest.mark.parametrize("size, share", [(1500, 0.33), (200_000, 0.1), (6_000_000, 0.01)])
@@ -1161,12 +1157,11 @@ def test_your_own_files(capsys):
     contents = {
         "a.JSONL": lines.encode("utf-8-sig"), "b.jsonl": b'{"text": "half \\ud83d of one"}',
         "BOOK.TXT": "\ufeffone\r\n<|endoftext|>\r\ntwo<|endoftext|>\n three".encode(),
-        "c.html": b"", ".b.txt": b"hidden", ".git/b": b"hidden",
+        "sub/c.html": b"", ".b.txt": b"hidden", ".git/b": b"hidden",
         "d.png": b"\x89\xff", "e.txt": "text".encode("utf-16-le"), "f.jsonl": b'{"text": "\xe9"}',
     }
     for name, content in contents.items():
-        Path("in/sub", name).parent.mkdir(parents=True, exist_ok=True)
-        Path("in/sub", name).write_bytes(content)
+        write(f"in/{name}", content)
     write_parquet("in/sub/g.parquet", [*TEXTS, "", None])
     fineweb.main(["--input", "in", "--out=mine", "--bytes"])
     wanted = [*TEXTS, *TEXTS, "half ? of one", "one\r\n", "two", " three"]
@@ -1204,13 +1199,11 @@ def test_the_next_command_fits_the_text(name, vocab_size, tokens, wanted, capsys
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     args = train_gpt2.parse_args(command[2:])
     assert (args.model, args.total_batch_size, args.num_iterations) == wanted
-    assert args.output_dir == "log_mine"
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A dict in the place of huggingface.co: hub[dataset] has the content of each file."""
-    huggingface_hub = pytest.importorskip("huggingface_hub")
+    """huggingface.co as a dict: hub[dataset] names its files, which are copies of the file made."""
     online = {}
 
     def dataset_info(api, repo, revision):
@@ -1219,28 +1212,24 @@ def hub(monkeypatch):
         return types.SimpleNamespace(sha="commit")
 
     def snapshot_download(repo, repo_type, revision, allow_patterns, local_dir):
-        assert (repo_type, revision) == ("dataset", "commit")
-        # which all files go to, and which the real one makes, too
+        """Where it knows no commit, the real one also returns the folder as it is."""
         (local_dir / ".cache").mkdir(parents=True, exist_ok=True)
         for pattern in allow_patterns:
-            for name in fnmatch.filter(online.get(repo, {}), pattern):
+            for name in fnmatch.filter(online.get(repo, []), pattern):
                 Path(local_dir, name).parent.mkdir(parents=True, exist_ok=True)
-                Path(local_dir, name).write_bytes(online[repo][name])
+                shutil.copy("made", local_dir / name)
 
+    huggingface_hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
-    # with its signature, so that an argument that it does not have is refused
-    real = huggingface_hub.snapshot_download
-    stand_in = mock.create_autospec(real, side_effect=snapshot_download)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return online
 
 
 def test_pretokenized_shards(hub, monkeypatch, capsys):
     """As many as asked for, later the others, also without a vocabulary; offline is an error."""
     fineweb.write_shard("made", np.ones(5000), 0)
-    hub["kjj0/finewebedu10B-gpt2"] = {
-        f"finewebedu_{name}.bin": Path("made").read_bytes()
-        for name in ("val_000000", "train_000001", "train_000002")}
+    names = "val_000000", "train_000001", "train_000002"
+    hub["kjj0/finewebedu10B-gpt2"] = [f"finewebedu_{name}.bin" for name in names]
     fail_in(monkeypatch, "tiktoken", OSError())
     for flags, count in (["--shards=1"], 2), ([], 3):
         fineweb.main(["-t=edu", *flags])
@@ -1253,17 +1242,16 @@ def test_pretokenized_shards(hub, monkeypatch, capsys):
 @pytest.mark.parametrize("shards, count", [(0, 3), (2, 1), (6, 2)])
 def test_raw_text_becomes_llmc_shards(shards, count, bpe, hub, monkeypatch):
     """The first shard is for validation, documents keep their order, few shards need few files."""
-    monkeypatch.setattr(fineweb, "SHARD_TOKENS", 300)
+    monkeypatch.setattr(fineweb, "SHARD_TOKENS", 100)
     write_parquet("made", TEXTS)
-    hub["HuggingFaceFW/fineweb"] = {
-        f"sample/10BT/{i:03d}_00000.parquet": Path("made").read_bytes() for i in range(3)}
+    hub["HuggingFaceFW/fineweb"] = [f"sample/10BT/{i:03d}_00000.parquet" for i in range(3)]
     fineweb.main(["--tokenize", f"--shards={shards}"])
     paths, lengths, _ = fineweb.find_shards("fineweb10B/fineweb_train_*.bin")
     paths.insert(0, "fineweb10B/fineweb_val_000000.bin")
     ids = np.concatenate([fineweb.read_tokens(path) for path in paths])
-    wanted = [[50256, *bpe.encode_ordinary(text)] for text in TEXTS * count]
-    assert ids.tolist() == list(itertools.chain(*wanted))
-    assert len(lengths) > 2 and set(lengths[:-1]) == {300}
+    wanted = [i for text in TEXTS * count for i in (50256, *bpe.encode_ordinary(text))]
+    assert ids.tolist() == wanted
+    assert len(lengths) > 2 and set(lengths[:-1]) == {100}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1319,10 +1307,10 @@ def test_the_scores_are_those_of_the_naive_way(real, monkeypatch, capsys):
 
 
 def test_a_row_that_is_too_long_loses_its_beginning():
-    q = dict(ctx="0123456789", endings=["abc", "d", "e", "f" * 20], label=0)
-    rows, ns, lengths = zip(*hellaswag.encode_question(q, encode_bytes, 12), strict=True)
-    texts = [b"123456789 abc", b"0123456789 d", b"0123456789 e", b"f" * 13]
-    assert list(map(bytes, rows)) == texts and ns == lengths == (4, 2, 2, 12)
+    q = dict(ctx="0123456789", endings=["abc", "f" * 20])
+    short, long = hellaswag.encode_question(q, encode_bytes, block_size=12)
+    assert (bytes(short.row), short.n, short.length) == (b"123456789 abc", 4, 4)
+    assert (bytes(long.row), long.n, long.length) == (b"f" * 13, 12, 12)
 
 
 def test_the_harness_style():
@@ -1368,7 +1356,7 @@ def test_exported_models_are_the_same_elsewhere(kind, arch, convert, bpe):
     convert.main(["best.pt", "my out"])
     theirs = transformers.AutoModelForCausalLM.from_pretrained("my out").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained("my out")
-    assert type(theirs).__name__ == {"GPT2": "GPT2LMHeadModel"}.get(kind, f"{kind}ForCausalLM")
+    assert type(theirs).__name__.startswith(kind)
     x = random_ids(2, 32, below=50257)
     logits = model(x)
     # close to zero the comparison would mean little
@@ -1384,19 +1372,14 @@ def test_exported_models_are_the_same_elsewhere(kind, arch, convert, bpe):
 
 
 def test_what_transformers_cannot_compute_is_refused(convert, capsys, monkeypatch):
-    """A fork's field, an untied head, and a model that treats documents separately."""
-    model = tiny_model(vocab_size=50257)
-    fork = dataclasses.make_dataclass("Fork", [("tie", bool, True)], bases=(GPTConfig,))
-    config = fork(**dataclasses.asdict(model.config), tie=False)
-    with pytest.raises(SystemExit, match="tie=False"):
-        convert.to_transformers(config, model.state_dict())
-    save_model("a.pt", model)
+    """An untied head, and a fork's model that treats documents separately."""
+    save_model("a.pt", tiny_model(vocab_size=50257))
     state = load("a.pt")
     state["model"]["lm_head.weight"] = state["model"]["lm_head.weight"] + 1
     torch.save(state, "untied.pt")
     fails(["untied.pt", "out"], capsys, "untied", main=convert.main)
-    attend = GPT.forward
-    monkeypatch.setattr(GPT, "forward", lambda model, x: attend(model, x) * (x != 50256)[..., None])
+    real = GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda model, x: real(model, x) * (x != 50256)[..., None])
     fails(["a.pt", "out"], capsys, "differ", main=convert.main)
     assert not Path("out").exists()
 
@@ -1414,12 +1397,6 @@ def test_openai_weights(convert, bpe, small, capsys):
     convert.main(["gpt2", "gpt2.pt"])
     commands = re.findall(r"^    python (\S+) (.*)$", capsys.readouterr().out, re.M)
     commands = {script: shlex.split(rest) for script, rest in commands}
-    model, tokenizer = train_gpt2.load_model("gpt2.pt", "cpu")
-    x = random_ids(2, 128, below=50257)
-    logits = model(x)
-    assert tokenizer == "gpt2" and logits.std() > 0.5
-    assert (logits - theirs(x).logits).abs().max() < 1e-4
-
     write("q.jsonl", "\n".join(map(json.dumps, made_questions(2))).encode())
     hellaswag.main([*commands["hellaswag.py"], "--data=q.jsonl", "--device=cpu"])
     assert "gpt2.pt, completion style, 2 questions\nacc  " in capsys.readouterr().out
@@ -1428,7 +1405,8 @@ def test_openai_weights(convert, bpe, small, capsys):
     main([*commands["train_gpt2.py"], small[-1], "--num_iterations=0", "--sequence_length=32",
           "--total_batch_size=512", "--val_tokens=512", "--dtype=float32", "--device=cpu"])
     x, y = TokenLoader("sums_val_*.bin", 32).batch(0, 16, CPU)
-    assert log_of("log_gpt2", "tel")[0] == pytest.approx(model(x, y).item(), abs=1e-4)
+    loss = F.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten())
+    assert log_of("log_gpt2", "tel")[0] == pytest.approx(loss.item(), abs=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------
