@@ -1172,12 +1172,15 @@ def test_your_own_files(capsys):
 
 def test_an_interrupted_run_leaves_no_folder(monkeypatch):
     """Its shards stay in FOLDER.tmp, and the next run deletes them and nothing else."""
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(fineweb, "SHARD_TOKENS", 1000)
     for name, size in ("long", 60_000), ("short", 9_000), ("mine.tmp/of a user", 1):
         write(name, words(size).encode())
     run = ["--bytes", "--out=mine", "--input"]
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", lambda *args: signal.raise_signal(signal.SIGINT))
+        patch.setattr(Path, "rename", interrupt)
         with pytest.raises(KeyboardInterrupt):
             fineweb.main([*run, "long"])
     assert not Path("mine").exists() and len(list(Path("mine.tmp").glob("*.bin"))) > 10
