@@ -9,11 +9,9 @@ a user may not have is skipped. Every run is made in its own empty folder, on a 
 
 import argparse
 import dataclasses
+import fnmatch
 import functools
 import glob
-import gzip
-import hashlib
-import http.server
 import importlib
 import json
 import math
@@ -26,7 +24,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import threading
 import types
 from pathlib import Path
 
@@ -45,8 +42,9 @@ from train_gpt2 import GPT, GPTConfig, TokenLoader, main
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 torch.set_num_threads(1)
 # it may be relative, and every test changes the folder
-if "TIKTOKEN_CACHE_DIR" in os.environ:
-    os.environ["TIKTOKEN_CACHE_DIR"] = os.path.abspath(os.environ["TIKTOKEN_CACHE_DIR"])
+VOCABULARY = os.environ.get("TIKTOKEN_CACHE_DIR")
+if VOCABULARY:
+    os.environ["TIKTOKEN_CACHE_DIR"] = os.path.abspath(VOCABULARY)
 
 SCRIPT = Path(train_gpt2.__file__).resolve()
 ROOT = SCRIPT.parent
@@ -660,10 +658,14 @@ def test_best_and_last(small, monkeypatch, capsys):
 
 def test_fine_tuning(small):
     """--init_from takes the weights and the shape of a checkpoint, and nothing else. If it only
-    makes them worse, the weights of step 0 were the best."""
+    makes them worse, the weights of step 0 were the best. A typed shape must be the checkpoint's.
+    """
     main(small)
-    main([*small, "--init_from=log/best.pt", "--n_layer=3", "--arch=gpt2", "--learning_rate=0.5",
-          "--warmup_iters=0", "--val_loss_every=2", "--output_dir=tuned"])
+    tune = ["--init_from=log/best.pt", "--learning_rate=0.5", "--warmup_iters=0",
+            "--val_loss_every=2", "--output_dir=tuned"]
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        main([*small, *tune, "--n_embd=64"])
+    main([flag for flag in small if not flag.startswith("--n_")] + [*tune, "--arch=gpt2"])
     before, best, last = map(load, ("log/best.pt", "tuned/best.pt", "tuned/last.pt"))
     assert best["config"] == before["config"] and best["step"] == 0 and last["step"] == 6
     assert best["val_loss"] == pytest.approx(before["val_loss"], abs=1e-5)
@@ -1064,335 +1066,219 @@ def test_without_a_vocabulary_there_are_no_samples(small, capsys, monkeypatch):
 
 @pytest.fixture
 def bpe():
-    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+    if not VOCABULARY:
         pytest.skip("TIKTOKEN_CACHE_DIR is not set, and tests do not download GPT-2's vocabulary")
     return pytest.importorskip("tiktoken").get_encoding("gpt2")
 
 
-def write_parquet(path, texts, **kwargs):
+def write_parquet(path, texts):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.table({"text": texts}), path, **kwargs)
+    parquet.write_table(pyarrow.table({"text": texts}), path)
 
-TEXTS = ["plain words, and more of them\n", "<|endoftext|> is only a word here<|endoftext|>", " ",
-         "naïve 🙂 中文 \u0301\r\n\ttab   spaces   ", "\n\n\n a\n\nb \n", "it's we'll " * 30,
-         "def f(x):\n    return x**2\n" * 20, "a" * 300, " \u3000\u00a0\u2028 x\x1cy"]
-
-
-def numbered(n):
-    """n documents, all different."""
-    return [f"{i}: {TEXTS[i % len(TEXTS)]}" for i in range(n)]
+TEXTS = ["plain words\n", "<|endoftext|> is only a word here<|endoftext|>", " ",
+         "naïve 🙂 中文 \u0301\r\n\ttab   spaces   "] * 10
 
 
-def words(n, first=0):
-    """n characters of numbers in a row, so that every place is different."""
-    return " ".join(map(str, range(first, first + n)))[:n]
+def words(n):
+    """n characters, numbers separated by spaces, different at every position."""
+    return " ".join(map(str, range(10**6, 10**6 + n // 8 + 1)))[:n]
 
 
-def documents_in(bpe, folder, split):
-    """The documents in a folder's shards, each after its separator. All but one are full."""
-    paths, lengths, vocab_size = fineweb.find_shards(f"{folder}/*_{split}_*.bin")
-    assert set(lengths[:-1]) <= {fineweb.SHARD_TOKENS} or split == "*"
-    decode = bpe.decode if vocab_size == 50257 else lambda ids: bytes(ids.tolist()).decode()
+def documents_in(folder, split):
+    """The documents in the byte-level shards of --input: the text between the separators."""
+    paths, _, _ = fineweb.find_shards(f"{folder}/text_{split}_*.bin")
     ids = np.concatenate([fineweb.read_tokens(path) for path in paths])
-    assert ids[0] == vocab_size - 1
-    starts = np.flatnonzero(ids == vocab_size - 1)[1:]
-    return [decode(part[1:]) for part in np.split(ids, starts)]
+    documents = np.split(ids, np.flatnonzero(ids == 256)[1:])
+    return [bytes(document[1:].tolist()).decode() for document in documents]
 
 
 def test_shard_format():
-    """llm.c's header, whose fourth integer is the vocabulary size, and two bytes per token."""
-    fineweb.write_shard("a.bin", np.array([50256, 464, 3797]), 0)
-    fineweb.write_shard("b.bin", [256, 97], vocab_size=257)
+    """llm.c's header, where 0 means GPT-2's vocabulary, then two bytes per token."""
+    fineweb.write_shard("a.bin", [50256, 464, 3797], 0)
     header = np.zeros(256, "<i4")
-    header[:3] = [20240520, 1, 3]
+    header[:3] = 20240520, 1, 3
     assert Path("a.bin").read_bytes() == header.tobytes() + bytes.fromhex("50c4d001d50e")
-    header[2:4] = [2, 257]
-    assert Path("b.bin").read_bytes() == header.tobytes() + bytes.fromhex("00016100")
-    assert fineweb.read_tokens("a.bin").tolist() == [50256, 464, 3797]
-    assert fineweb.read_tokens("a.bin", 1).tolist() == [464, 3797]
+    assert fineweb.find_shards("a.bin") == (["a.bin"], [3], 50257)
     assert fineweb.read_tokens("a.bin", 1, 1).tolist() == [464]
 
 
-@pytest.mark.parametrize("ids, vocab_size", [
-    ([257, 1], 257), ([-1, 1], 257), ([50257, 1], 0), ([128000, 9906], 128256)])
-def test_an_id_that_does_not_fit_is_refused(ids, vocab_size):
-    """Two bytes would hold another id in its place."""
+@pytest.mark.parametrize("token, vocab_size", [(-1, 257), (257, 257), (50257, 0), (65536, 128256)])
+def test_an_id_that_does_not_fit_is_refused(token, vocab_size):
+    """Two bytes would hold a different id in its place."""
     with pytest.raises(ValueError, match="a.bin: ids must be"):
-        fineweb.write_shard("a.bin", np.array(ids), vocab_size)
-    assert not Path("a.bin").exists()
+        fineweb.write_shard("a.bin", [token, 1], vocab_size)
 
 
 def test_shards_are_not_kept_open():
-    """FineWeb has more shards than a process may have open files."""
+    """The 100B sample has more shards than a process may have open files."""
     resource = pytest.importorskip("resource", reason="not on Windows")
-    for i in range(1, 150):
+    for i in range(150):
         fineweb.write_shard(f"a_train_{i:06d}.bin", np.full(17, i), 50257)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
     try:
-        paths, _, _ = fineweb.find_shards("a_train_*.bin")
-        tokens = [fineweb.read_tokens(path) for path in paths]
-        x, _ = TokenLoader("a_train_*.bin", 16).batch(0, 149, CPU)
+        x, _ = TokenLoader("a_train_*.bin", 16).batch(0, 150, CPU)
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert [part[0] for part in tokens] == sorted(x[:, 0].tolist()) == list(range(1, 150))
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert sorted(x[:, 0].tolist()) == list(range(150))
 
 
 def test_the_worked_example_is_true(bpe):
-    """The ids and bytes that the file's first page shows are those of its ten words."""
-    lines = dict(re.findall(r"^    (text|tokens|ids|bytes) +(.*)$", fineweb.__doc__, re.M)[:3])
+    """The tokens, ids, and bytes at the head of the file are those of its ten words."""
+    lines = dict(re.findall("^    (text|tokens|ids|bytes) +(.*)$", fineweb.__doc__, re.M)[:3])
     ids = bpe.encode(lines["text"])
-    assert len(lines["text"].split()) == 10 and lines["ids"] == " ".join(map(str, ids))
-    assert lines["tokens"].split("|") == [bpe.decode([i]) for i in ids][:-1] + ["."]
-    sixteen = np.array([50256, *ids[:7]], "<u2").tobytes().hex(" ")
-    assert f"bytes    {sixteen}\n" in fineweb.__doc__
+    assert lines["ids"] == " ".join(map(str, ids))
+    assert lines["tokens"] == "|".join(bpe.decode([i]) for i in ids)
+    assert np.array([50256, *ids[:7]], "<u2").tobytes().hex(" ") in fineweb.__doc__
 
 
 def test_stdlib_corpus():
-    """Bytes of the library's source, the same files held out everywhere, made only once."""
+    """The source of the standard library, the same files held out everywhere, made only once."""
     pattern = fineweb.stdlib_corpus()
-    train, val = (Path(pattern.replace("train_*", name)) for name in ("train_000001", "val_000000"))
-    ids = {path: fineweb.read_tokens(str(path)) for path in (train, val)}
-    for path in ids:
-        assert ids[path][0] == 256 == ids[path].max() and fineweb.find_shards(path)[2] == 257
-    assert 0.01 < len(ids[val]) / len(ids[train]) < 0.06
-    assert Path(json.__file__).read_bytes() in ids[train].astype(np.uint8).tobytes()
     made = files()
     assert fineweb.stdlib_corpus() == pattern and files() == made
+    assert fineweb.find_shards(pattern)[2] == 257
+    for split, name in ("train_000001", "json/__init__.py"), ("val_000000", "sched.py"):
+        ids = fineweb.read_tokens(pattern.replace("train_*", split))
+        source = (Path(json.__file__).parents[1] / name).read_bytes()
+        assert ids[0] == 256 and source in ids.astype(np.uint8).tobytes()
 
 
 def test_documents_are_split_without_changing_their_tokens(bpe):
-    """Wherever a chunk may end, and whatever the size of the chunks, also of FineWeb itself."""
+    """A chunk may end at any boundary. A text without boundaries is split, too."""
+    assert fineweb.split_document("a" * 50, 10) == ["a" * 20, "a" * 20, "a" * 10]
     rng = np.random.default_rng(0)
     text = "".join(rng.choice(list("ab1.!'\"\n\t    é的\u00a0\u3000\x1c\x85🙂sdtlvre"), 20_000))
-    chunks = fineweb.split_document(text, 100)
-    assert all(100 <= len(chunk) <= 200 for chunk in chunks[:-1])
-    assert fineweb.split_document("a" * 50, 10) == ["a" * 20, "a" * 20, "a" * 10]
-    for path in sorted(Path(os.environ.get("FINEWEB_SAMPLE", "nowhere")).rglob("*.parquet"))[:1]:
-        parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
-        text += "".join(parquet.read_table(path, columns=["text"])["text"].to_pylist()[:500])
-    everywhere = re.split(fineweb.BOUNDARY, text)
-    for chunks in everywhere, fineweb.split_document(text, 5000):
+    for chunks in re.split(fineweb.BOUNDARY, text), fineweb.split_document(text, 100):
         ids = [i for chunk in chunks for i in bpe.encode_ordinary(chunk)]
         assert "".join(chunks) == text and ids == bpe.encode_ordinary(text)
 
 
-@pytest.mark.parametrize("flags", [[], ["--bytes"]])
-@pytest.mark.parametrize("documents, share", [
-    ([words(1500)], 0.33), ([words(200_000)], 0.1),
-    ([words(200_000, 10**6 * i) for i in range(60)], 0.01)])
-def test_the_share_held_out(documents, share, flags, bpe, capsys):
-    """A tenth or a hundredth from each quarter, at least a chunk; the printed command works."""
-    Path("a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+@pytest.mark.parametrize("size, share", [(1500, 0.33), (200_000, 0.1), (6_000_000, 0.01)])
+def test_the_share_held_out(size, share, capsys):
+    """A tenth or a hundredth, at least a chunk, the same in two copies; then what it prints."""
+    text = words(size)
+    for name in "12":
+        write(f"in/{name}.txt", text.encode())
     out = "it's [1]_train_book"  # a folder that shell and glob would read differently
-    fineweb.main(["--input", "a.jsonl", "--out", out, *flags])
-    val, train = (documents_in(bpe, glob.escape(out), split) for split in ("val", "train"))
-    text = "".join(documents)
+    fineweb.main(["--input", "in", "--bytes", "--out", out])
+    val, train = (documents_in(glob.escape(out), split) for split in ("val", "train"))
     held_out = sum(map(len, val))
-    assert held_out + sum(map(len, train)) == len(text)
-    assert 0.6 * share < held_out / len(text) < 1.5 * share
-    quarters = {4 * text.index(chunk) // len(text) for chunk in val}
-    assert quarters == {0, 1, 2, 3} or share > 0.3
+    assert held_out + sum(map(len, train)) == 2 * size
+    assert 0.6 * share < held_out / (2 * size) < 1.5 * share
+    # pieces of the text, separated where a piece is left out
+    assert all(document in text for document in val + train)
+    assert not any(piece[:400] in document for piece in val for document in train)
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     args = train_gpt2.parse_args(command[2:])
     assert train_gpt2.open_data(args)[0].total * args.sequence_length >= args.total_batch_size
 
 
-def test_no_copy_of_a_held_out_chunk_is_trained_on(bpe):
-    """A folder with ten copies of a book."""
-    for i in range(10):
-        write(f"books/{i}.txt", words(60_000).encode())
-    fineweb.main(["--input", "books", "--out=mine"])
-    val, train = (documents_in(bpe, "mine", split) for split in ("val", "train"))
-    assert not [chunk for chunk in val for text in train if chunk[:400] in text]
+def test_your_own_files(capsys):
+    """Documents of all kinds of files arrive unchanged; hidden files and what is not text don't."""
+    lines = "\n\n".join(json.dumps({"text": text}) for text in TEXTS)
+    contents = {
+        "a.JSONL": lines.encode("utf-8-sig"), "b.jsonl": b'{"text": "half \\ud83d of one"}',
+        "BOOK.TXT": "\ufeffone\r\n<|endoftext|>\r\ntwo<|endoftext|>\n three".encode(),
+        "sub/c.html": b"", ".b.txt": b"hidden", ".git/b": b"hidden",
+        "d.png": b"\x89\xff", "e.txt": "text".encode("utf-16-le"), "f.jsonl": b'{"text": "\xe9"}',
+    }
+    for name, content in contents.items():
+        write(f"in/{name}", content)
+    write_parquet("in/sub/g.parquet", [*TEXTS, "", None])
+    fineweb.main(["--input", "in", "--out=mine", "--bytes"])
+    wanted = [*TEXTS, *TEXTS, "half ? of one", "one\r\n", "two", " three"]
+    assert sorted(documents_in("mine", "val") + documents_in("mine", "train")) == sorted(wanted)
+    skipped = re.findall(r"(\S+) is not text", capsys.readouterr().out)
+    assert [Path(path).name for path in skipped] == ["d.png", "e.txt", "f.jsonl"]
 
 
-def test_your_own_files(bpe, monkeypatch, capsys):
-    """All kinds of files: documents come back in their order, what is not text is skipped."""
+def test_an_interrupted_run_leaves_no_folder(monkeypatch):
+    """Its shards stay in FOLDER.tmp, and the next run deletes them and nothing else."""
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(fineweb, "SHARD_TOKENS", 1000)
-    Path("in/.git").mkdir(parents=True)
-    Path("in/sub").mkdir()
-    wanted = []
-
-    def put(name, content, *texts):
-        Path("in", name).write_bytes(content if isinstance(content, bytes) else content.encode())
-        wanted.extend(texts)
-
-    # in the order of their names, as they are read
-    lines = [json.dumps({"text": text}, ensure_ascii=i % 2) for i, text in enumerate(numbered(99))]
-    put("1.JSONL", ("\n\n".join(lines) + "\n").encode("utf-8-sig"), *numbered(99))
-    put("2.jsonl", b'{"text": "half \\ud83d of one"}', "half ? of one")
-    write_parquet("in/3.parquet", [*numbered(90), "", None], row_group_size=7)
-    wanted.extend(numbered(90))
-    put("BOOK.TXT", "\ufeffone\r\n<|endoftext|>\r\ntwo\n<|endoftext|>\n\n three",
-        "one\r\n", "two\n", " three")
-    put("a.md", TEXTS[3], TEXTS[3])
-    for name, content in ("c.html", ""), (".b.txt", "b"), (".git/b", "b"):
-        put(name, content)
-    skipped = {"d.png": b"\x89\xff", "e.txt": "text".encode("utf-16-le"),
-               "f.jsonl": b'{"text": "caf\xe9"}', "g.gz": gzip.compress(b"packed")}
-    for name, content in skipped.items():
-        put(name, content)
-    put("sub/a.txt", "in a folder", "in a folder")
-    fineweb.main(["--input", "in", "--out=mine"])
-    val, train = (documents_in(bpe, "mine", split) for split in ("val", "train"))
-    assert sorted(val + train) == sorted(wanted)
-    for part in (val, train):  # in order: a walk through wanted meets them all
-        walk = iter(wanted)
-        assert all(text in walk for text in part)
-    out = capsys.readouterr().out
-    assert re.findall(r"^in.(\S+) is not text", out, re.M) == list(skipped)
-
-
-def test_an_interrupted_run_leaves_no_folder(bpe, monkeypatch, capsys):
-    """Its shards stay under another name, and the next run takes no notice of them."""
-    monkeypatch.setattr(fineweb, "SHARD_TOKENS", 1000)
-    write("a.txt", words(60_000).encode())
-    write("b.txt", words(9_000).encode())
-    write("mine.tmp/of a user", b"")
-    run = ["--out=mine", "--input"]
+    for name, size in ("long", 60_000), ("short", 9_000), ("mine.tmp/of a user", 1):
+        write(name, words(size).encode())
+    run = ["--bytes", "--out=mine", "--input"]
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(Path, "rename", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            fineweb.main([*run, "a.txt"])
+            fineweb.main([*run, "long"])
     assert not Path("mine").exists() and len(list(Path("mine.tmp").glob("*.bin"))) > 10
-    fineweb.main([*run, "b.txt"])
-    assert sum(map(len, documents_in(bpe, "mine", "*"))) == 9_000
+    fineweb.main([*run, "short"])
+    assert sum(map(len, documents_in("mine", "*"))) == 9_000
     assert not Path("mine.tmp").exists() and Path("mine/of a user").exists()
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """huggingface.co with server.files, {dataset/path: bytes}; server.asked lists what was sent."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        hub = self.server
-        repo, kind, path = re.match(r"(?:/api)?/datasets/(\w+/[\w-]+)/(\w+)/(.*)",
-                                    self.path).groups()
-        name = f"{repo}/{path.split('/', 1)[-1]}"
-        if kind == "revision":
-            body = json.dumps({"id": repo, "sha": "c" * 40}).encode()
-        elif kind == "tree":
-            body = json.dumps([{
-                "type": "file", "path": file[len(repo) + 1:], "size": len(content), "oid": "0" * 40,
-                "lfs": {"size": len(content), "oid": hashlib.sha256(content).hexdigest(),
-                        "pointerSize": 1},
-            } for file, content in hub.files.items() if file.startswith(repo)]).encode()
-        else:
-            body = hub.files[name]
-            hub.asked += [name] if self.command == "GET" else []
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-        self.send_header("X-Repo-Commit", "c" * 40)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args):
-        pass
+@pytest.mark.parametrize("name, vocab_size, tokens, wanted", [
+    ("fineweb", 50257, 9.9e9, ("d24", 524288, 18882)),
+    ("fineweb", 50257, 1e8, ("d12", 262144, 381)), ("text", 50257, 9e7, ("tiny", 2048, 8000)),
+    ("text", 50257, 2.5e9, ("d24", 524288, 19073)), ("text", 257, 2.5e9, ("tiny", 2048, 8000)),
+    ("text", 257, 3e4, ("tiny", 256, 468)),
+])
+def test_the_next_command_fits_the_text(name, vocab_size, tokens, wanted, capsys, monkeypatch):
+    """Your own text is read up to 4 times, FineWeb once. Byte-level shards are for tiny."""
+    monkeypatch.setattr(fineweb, "find_shards", lambda _: ([], [int(tokens)], vocab_size))
+    fineweb.print_next_command(Path("mine"), name)
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    args = train_gpt2.parse_args(command[2:])
+    assert (args.model, args.total_batch_size, args.num_iterations) == wanted
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A validation shard and two training shards of each of two datasets."""
-    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files, server.asked = {}, []
-    for dataset in ("fineweb10B-gpt2/fineweb", "finewebedu10B-gpt2/finewebedu"):
-        for name in "val_000000", "train_000001", "train_000002":
-            fineweb.write_shard("made", np.arange(20_000) + len(server.files), 0)
-            server.files[f"kjj0/{dataset}_{name}.bin"] = Path("made").read_bytes()
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    yield server
-    server.shutdown()
-    server.server_close()
+def hub(monkeypatch):
+    """huggingface.co as a dict: hub[dataset] names its files, which are copies of the file made."""
+    online = {}
+
+    def dataset_info(api, repo, revision):
+        if repo not in online:
+            raise ConnectionError("offline")
+        return types.SimpleNamespace(sha="commit")
+
+    def snapshot_download(repo, repo_type, revision, allow_patterns, local_dir):
+        """Where it knows no commit, the real one also returns the folder as it is."""
+        (local_dir / ".cache").mkdir(parents=True, exist_ok=True)
+        for pattern in allow_patterns:
+            for name in fnmatch.filter(online.get(repo, []), pattern):
+                Path(local_dir, name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy("made", local_dir / name)
+
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return online
 
 
-def run_fineweb(*argv, setup="pass"):
-    """(exit code, stdout, stderr) of the script, in a process of its own, after `setup`."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb; {setup}; "
-    done = subprocess.run([sys.executable, "-c", f"{code}fineweb.main(sys.argv[1:])", *argv],
-                          capture_output=True, text=True, timeout=120)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stdout, done.stderr
+def test_pretokenized_shards(hub, monkeypatch, capsys):
+    """As many as asked for, later the others, also without a vocabulary; offline is an error."""
+    fineweb.write_shard("made", np.ones(5000), 0)
+    names = "val_000000", "train_000001", "train_000002"
+    hub["kjj0/finewebedu10B-gpt2"] = [f"finewebedu_{name}.bin" for name in names]
+    fail_in(monkeypatch, "tiktoken", OSError())
+    for flags, count in (["--shards=1"], 2), ([], 3):
+        fineweb.main(["-t=edu", *flags])
+        assert len(list(Path("finewebedu10B").glob("*.bin"))) == count
+        assert re.search("^NOTE: .*TIKTOKEN_CACHE_DIR", capsys.readouterr().out)
+    hub.clear()
+    fails(["-t=edu"], capsys, "kjj0/finewebedu10B-gpt2", "HF_ENDPOINT", main=fineweb.main)
 
 
-def downloaded(hub, folder="fineweb10B", prefix="fineweb_"):
-    """The folder holds the dataset's shards, byte for byte, and no other ones."""
-    there = {path.name: path.read_bytes() for path in Path(folder).glob("*.bin")}
-    return there == {name.split("/")[-1]: body for name, body in hub.files.items()
-                     if name.split("/")[-1].startswith(prefix)}
-
-
-@pytest.mark.parametrize("name, vocabulary, tokens, wanted", [
-    ("fineweb", 50257, 9.9e9, ("d24", 524288, 18882)),
-    ("fineweb", 50257, 2.5e9, ("d12", 524288, 4768)),
-    ("fineweb", 50257, 1e8, ("d12", 262144, 381)), ("text", 50257, 2.5e9, ("d24", 524288, 19073)),
-    ("text", 50257, 1e8, ("d12", 524288, 762)), ("text", 50257, 9e7, ("tiny", 2048, 8000)),
-    ("text", 257, 2.5e9, ("tiny", 2048, 8000)), ("text", 257, 3e4, ("tiny", 256, 468)),
-])
-def test_the_next_command_fits_the_text(name, vocabulary, tokens, wanted, capsys, monkeypatch):
-    """Your own text is read up to 4 times, FineWeb once. Byte-level shards are for tiny."""
-    monkeypatch.setattr(fineweb, "find_shards", lambda _: ([], [int(tokens)], vocabulary))
-    fineweb.print_next_command(Path("mine"), name)
-    command = re.search(r"train_gpt2.py (.*)$", capsys.readouterr().out, re.M)[1]
-    args = train_gpt2.parse_args(shlex.split(command))
-    assert (args.model, args.total_batch_size, args.num_iterations) == wanted
-    assert args.output_dir == "log_mine"
-
-
-def test_pretokenized_shards(hub, monkeypatch):
-    """As many as asked for, where train_gpt2.py looks; none twice; also without a vocabulary."""
-    offline = "import tiktoken; tiktoken.get_encoding = lambda _: open('nowhere')"
-    run = functools.partial(run_fineweb, setup=offline)
-    code, out, err = run("--shards=1")
-    assert code == 0 and len(list(Path("fineweb10B").glob("*.bin"))) == 2, err
-    assert re.findall("^NOTE: .*TIKTOKEN_CACHE_DIR.*$", out, re.M)
-    assert run()[0] == 0 and downloaded(hub)
-    hub.asked.clear()
-    assert run("--shards=2")[0] == 0 and downloaded(hub) and not hub.asked
-    # the vocabulary is fetched, so that a machine without a network can print samples
-    online = "import tiktoken; tiktoken.get_encoding = lambda name: open(name, 'x')"
-    assert run("-t=edu", setup=online)[0] == 0 and Path("gpt2").exists()
-    assert downloaded(hub, "finewebedu10B", "finewebedu_")
-    # no network: one line, even where earlier shards are there, which are not all
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    code, _, err = run()
-    last = err.splitlines()[-1]
-    assert code == 1 and last.startswith("error: kjj0/") and "HF_ENDPOINT" in last
-
-
-def test_raw_text_becomes_llmc_shards(bpe, hub):
-    """The first shard is for validation, texts keep their order, few --shards take few files."""
-    texts = numbered(700)
-    for i in range(7):
-        write_parquet("made", texts[100 * i:100 * (i + 1)], row_group_size=30)
-        name = f"HuggingFaceFW/fineweb/sample/10BT/{i:03d}_00000.parquet"
-        hub.files[name] = Path("made").read_bytes()
-
-    def check(folder, texts):
-        ids = np.array([i for text in texts for i in (50256, *bpe.encode_ordinary(text))])
-        wanted = {f"fineweb_{'train' if i else 'val'}_{i:06d}.bin": ids[1000 * i:1000 * (i + 1)]
-                  for i in range(-(-len(ids) // 1000))}
-        made = {path.name: fineweb.read_tokens(path) for path in Path(folder).glob("*.bin")}
-        assert made.keys() == wanted.keys()
-        assert all(np.array_equal(made[name], wanted[name]) for name in made)
-
-    for out, shards, count in ("all", "0", 700), ("few", "2", 100), ("more", "6", 200):
-        code, _, err = run_fineweb("--tokenize", f"--out={out}", f"--shards={shards}",
-                                   setup="fineweb.SHARD_TOKENS = 1000")
-        assert code == 0, err
-        check(out, texts[:count])
-        assert len(list(Path(f"{out}_raw").rglob("*.parquet"))) == count // 100
+@pytest.mark.parametrize("shards, count", [(0, 3), (2, 1), (6, 2)])
+def test_raw_text_becomes_llmc_shards(shards, count, bpe, hub, monkeypatch):
+    """The first shard is for validation, documents keep their order, few shards need few files."""
+    monkeypatch.setattr(fineweb, "SHARD_TOKENS", 100)
+    write_parquet("made", TEXTS)
+    hub["HuggingFaceFW/fineweb"] = [f"sample/10BT/{i:03d}_00000.parquet" for i in range(3)]
+    fineweb.main(["--tokenize", f"--shards={shards}"])
+    paths, lengths, _ = fineweb.find_shards("fineweb10B/fineweb_train_*.bin")
+    paths.insert(0, "fineweb10B/fineweb_val_000000.bin")
+    ids = np.concatenate([fineweb.read_tokens(path) for path in paths])
+    wanted = [i for text in TEXTS * count for i in (50256, *bpe.encode_ordinary(text))]
+    assert ids.tolist() == wanted
+    assert len(lengths) > 2 and set(lengths[:-1]) == {100}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1402,19 +1288,15 @@ encode_bytes, _ = train_gpt2.load_tokenizer("bytes")
 
 
 def made_questions(n):
-    """n questions, with contexts and endings of many lengths."""
-    def text():
-        return words(1000)[rng.integers(500):][:1 + rng.integers(40)].strip()
-
-    rng = np.random.default_rng(0)
-    return [dict(ctx=text(), label=i % 4, endings=[text() for _ in range(4)]) for i in range(n)]
+    """n questions, with contexts and endings of 1 to 40 characters."""
+    texts = [words(5 * n + 40)[i:i + 1 + 7 * i % 40] for i in range(5 * n)]
+    return [dict(ctx=texts[i], label=i % 4, endings=texts[i + 1:i + 5]) for i in range(0, 4 * n, 4)]
 
 
 @torch.no_grad()
 def naive_log_likelihoods(model, endings):
     """The naive way in section 2 of hellaswag.py, run as it stands there."""
-    code = re.findall("^#     (.*)", text_of(ROOT / "hellaswag.py"), re.M)
-    code = compile("\n".join(code), "hellaswag.py", "exec")
+    code = "\n".join(re.findall("^#     (.*)", text_of(ROOT / "hellaswag.py"), re.M))
     sums = []
     for row, n, _ in endings:
         names = dict(model=model, row=torch.tensor(row), n=n, F=F)
@@ -1423,174 +1305,117 @@ def naive_log_likelihoods(model, endings):
     return np.array(sums)
 
 
-def test_real_questions_score_as_they_do_naively(bpe, monkeypatch, capsys):
-    """acc and acc_norm of 200 questions of the validation set, and the losses to the last digit
-    that is printed: bf16 and TF32 would change it."""
-    if not os.environ.get("HELLASWAG_VAL"):
+@pytest.mark.parametrize("real", [False, True])
+def test_the_scores_are_those_of_the_naive_way(real, monkeypatch, capsys):
+    """acc, acc_norm, and every loss of 100 questions, with little padding in the batches."""
+    data = os.environ.get("HELLASWAG_VAL") if real else "made.jsonl"
+    if not data:
         pytest.skip("HELLASWAG_VAL (a file of questions) is not set")
-
-    def encode(text):
-        # few different ids, so that the naive loop takes seconds
-        return [token % 1000 for token in bpe.encode_ordinary(text)]
-
-    model = tiny_model(shake=0.2, vocab_size=1000, block_size=1024, n_layer=1)
-    save_model("a.pt", model)
-    monkeypatch.setattr(hellaswag, "load_tokenizer", lambda name: (encode, None))
-    data = os.environ["HELLASWAG_VAL"]
-    hellaswag.main(f"-m a.pt --data {data} --limit 200 --examples 200 --device cpu".split())
+    write("made.jsonl", "\n".join(map(json.dumps, made_questions(100))).encode())
+    model = tiny_model(shake=0.2, vocab_size=257, block_size=1024, n_layer=1)
+    sizes = []
+    model.register_forward_pre_hook(lambda _, args: sizes.append(args[0].numel()))
+    monkeypatch.setattr(hellaswag, "load_model", lambda *args: (model, "bytes"))
+    hellaswag.main(f"-m a.pt --data {data} --limit 100 --examples 100 --device cpu".split())
     out = capsys.readouterr().out
-    questions = hellaswag.load_questions(data)[:200]
-    endings = [e for q in questions for e in hellaswag.encode_question(q, encode, 1024)]
-    sums = naive_log_likelihoods(model, endings).reshape(-1, 4)
-    means = sums / np.array([e.n for e in endings]).reshape(-1, 4)
-    printed = re.findall(r"^ *(\d+\.\d{4}) +(\d+\.\d\d) ", out, re.M)
-    printed = np.array(printed, float).reshape(200, 4, 2)
-    assert np.abs(printed[..., 0] + means).max() < 1e-3
-    assert np.abs(printed[..., 1] + sums).max() < 0.01 and sums.std() > 10
+    questions = hellaswag.load_questions(data)[:100]
+    endings = [e for q in questions for e in hellaswag.encode_question(q, encode_bytes, 1024)]
+    assert max(sizes) <= hellaswag.TOKENS_PER_BATCH
+    assert sum(sizes) < 1.2 * sum(len(e.row) - 1 for e in endings)
+    sums = naive_log_likelihoods(model, endings)
+    means = sums / [e.n for e in endings]
+    printed = np.array(re.findall(r"^ *(\d+\.\d{4}) +(\d+\.\d\d) ", out, re.M), float)
+    # to the last digit printed, which bf16 and TF32 would change
+    assert (np.abs(printed + np.stack([means, sums], axis=1)) < [2e-4, 0.01]).all()
     labels = [q["label"] for q in questions]
-    accuracies = [float(x) for x in re.findall(r"^acc\w* +([\d.]+) \+-", out, re.M)]
-    assert accuracies == [(x.argmax(axis=1) == labels).mean() for x in (sums, means)]
+    accuracies = [(x.reshape(-1, 4).argmax(axis=1) == labels).mean() for x in (sums, means)]
+    assert [float(x) for x in re.findall(r"^acc\w* +([\d.]+) \+-", out, re.M)] == accuracies
     assert accuracies[0] != accuracies[1]
 
 
-@pytest.mark.parametrize("tokens", [1, 300, 99999])
-def test_batches_do_not_change_the_scores(tokens, monkeypatch):
-    """Neither the rows that share a batch, nor the padding; and there is little padding."""
-    monkeypatch.setattr(hellaswag, "TOKENS_PER_BATCH", tokens)
-    model = tiny_model(shake=0.2, vocab_size=257, block_size=70)
-    shapes = []
-    model.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
-    encode = functools.partial(hellaswag.encode_question, encode=encode_bytes, block_size=70)
-    endings = sum(map(encode, made_questions(40)), start=[])
-    sums = hellaswag.log_likelihoods(model, endings)
-    assert sum(B for B, T in shapes) == 160 and all(B == 1 or B * T < tokens for B, T in shapes)
-    read = sum(B * T for B, T in shapes)
-    assert tokens > 300 or read < 1.1 * sum(len(e.row) - 1 for e in endings)
-    assert np.abs(sums - naive_log_likelihoods(model, endings)).max() < 1e-3 and sums.std() > 10
+def test_a_row_that_is_too_long_loses_its_beginning():
+    q = dict(ctx="0123456789", endings=["abc", "f" * 20])
+    short, long = hellaswag.encode_question(q, encode_bytes, block_size=12)
+    assert (bytes(short.row), short.n, short.length) == (b"123456789 abc", 4, 4)
+    assert (bytes(long.row), long.n, long.length) == (b"f" * 13, 12, 12)
 
 
 def test_the_harness_style():
-    """Texts and lengths are those that lm-evaluation-harness 0.4.13 makes of these questions."""
-    # a row that is too long loses its beginning
-    q = dict(ctx="0123456789", endings=["abc", "d", "e", "f" * 20], label=0)
-    rows, ns, lengths = zip(*hellaswag.encode_question(q, encode_bytes, 12), strict=True)
-    texts = [b"123456789 abc", b"0123456789 d", b"0123456789 e", b"f" * 13]
-    assert list(map(bytes, rows)) == texts and ns == lengths == (4, 2, 2, 12)
+    """Texts and lengths are those that lm-evaluation-harness 0.4.13 makes of this question."""
     q = dict(activity_label="Hair", ctx_a="He sits. [title] Then", ctx_b="he LAUGHS [step] ",
              endings=[" and  goes.", "[substeps] x", "a [b] c", "[end]"], label=1)
     endings = hellaswag.encode_question(q, encode_bytes, 96, harness=True)
-    rows, ns, lengths = zip(*endings, strict=True)
-    texts = [b"  and goes.", b"   x", b"  a c", b"  "]
-    assert list(map(bytes, rows)) == [b"Hair: He sits.. Then He laughs" + text for text in texts]
-    assert ns == tuple(len(text) for text in texts)
-    # Nothing is left of the last ending. The harness divides by 0 then, and never chooses it.
-    assert lengths[:3] == (9, 2, 3) and -5 / lengths[3] < -1e6
+    texts = ["  and goes.", "   x", "  a c", "  "]
+    rows = [f"Hair: He sits.. Then He laughs{text}" for text in texts]
+    assert [bytes(e.row).decode() for e in endings] == rows
+    assert [e.n for e in endings] == [len(text) for text in texts]
+    # Nothing is left of the last ending: the harness divides by 0 and never picks it.
+    assert [e.length for e in endings[:3]] == [9, 2, 3] and -5 / endings[3].length < -1e6
 
 
 def test_the_questions_are_downloaded_whole(monkeypatch, capsys):
-    """A download that broke off is refused, even between two lines, and leaves no file."""
-    questions = [json.dumps(q) + "\n" for q in made_questions(3)]
-    response = types.SimpleNamespace(raise_for_status=lambda: None)
+    """An interrupted download is refused, even between two lines, and leaves no file."""
+    lines = [json.dumps(q).encode() + b"\n" for q in made_questions(3)]
+    response = types.SimpleNamespace(raise_for_status=lambda: None, content=b"".join(lines[:2]))
     monkeypatch.setattr(hellaswag.requests, "get", lambda *args, **kwargs: response)
     monkeypatch.setattr(hellaswag, "SIZE", 3)
-    for broken in questions[:2], [*questions[:2], questions[2][:50]]:
-        response.content = "".join(broken).encode()
-        fails(["-m", "a.pt"], capsys, hellaswag.DATA_URL, "2 of 3", main=hellaswag.main)
-        assert list(Path().rglob("*.*")) == []
-    response.content = "".join(questions).encode()
+    fails(["-m", "a.pt"], capsys, hellaswag.DATA_URL, "2 of 3", main=hellaswag.main)
+    assert list(Path().iterdir()) == []
+    response.content = b"".join(lines)
     assert len(hellaswag.load_questions()) == 3
     # the second time from the disk
     del response.content
-    assert len(hellaswag.load_questions()) == 3 and list(Path().rglob("*.*")) == [hellaswag.DATA]
+    assert len(hellaswag.load_questions()) == 3
 
 
 # -------------------------------------------------------------------------------------------------
 # 12. To and from Hugging Face
 
-@pytest.fixture
-def openai_tokenizer():
-    """A folder with OpenAI's tokenizer, which transformers looks for before it downloads."""
-    folder = Path("openai-community/gpt2")
-    folder.mkdir(parents=True)
-    # tiktoken keeps the two files that OpenAI published under the hashes of their addresses
-    address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-    for theirs, name in ("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt"):
-        cached = Path(os.environ.get("TIKTOKEN_CACHE_DIR", "nowhere"),
-                      hashlib.sha1(f"{address}{theirs}".encode()).hexdigest())
-        if not cached.exists():
-            pytest.skip("TIKTOKEN_CACHE_DIR has no vocabulary, and tests download nothing")
-        shutil.copy(cached, folder / name)
-    (folder / "config.json").write_text('{"model_type": "gpt2"}')
-
-
 @pytest.mark.parametrize("kind, arch", [
-    ("Qwen3", {}), ("Qwen3", {"n_kv_head": 1}), ("Llama", {"qk_norm": False}), ("GPT2", GPT2_ARCH)])
+    ("Qwen3", {}), ("Llama", {"qk_norm": False}), ("GPT2", GPT2_ARCH)])
 @torch.no_grad()
-def test_exported_models_are_the_same_elsewhere(kind, arch, convert, openai_tokenizer):
-    """transformers opens the folder by itself: the same logits, text and ids, and nothing twice."""
+def test_exported_models_are_the_same_elsewhere(kind, arch, convert, bpe):
+    """transformers opens the folder without our code: the same logits and ids."""
     import transformers
     # gains are not 1, and biases not 0
-    model = tiny_model(shake=0.1, vocab_size=50257, block_size=64, n_embd=64, **arch)
+    model = tiny_model(shake=0.1, vocab_size=50257, **arch)
     save_model("best.pt", model)
     convert.main(["best.pt", "my out"])
     theirs = transformers.AutoModelForCausalLM.from_pretrained("my out").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained("my out")
     assert type(theirs).__name__.startswith(kind)
-    x = random_ids(3, 48, below=50257)
+    x = random_ids(2, 32, below=50257)
     logits = model(x)
     # close to zero the comparison would mean little
     assert logits.std() > 0.5 and (logits - theirs(x).logits).abs().max() < 1e-4
-    # without rows that only pad our embedding matrix
-    count = sum(p.numel() for p in model.parameters())
-    assert theirs.num_parameters() == count - 64 * (len(model.lm_head.weight) - 50257)
-    # the tokenizer has our ids, and the model knows where a text ends
-    encode, _ = train_gpt2.load_tokenizer("gpt2")
     text = "it's naïve:\n\n    def f(x): return 1234567 \U0001f642\u200d \x00 ...!?"
-    assert tokenizer(f"<|endoftext|>{text}")["input_ids"] == [50256, *encode(text)]
+    assert tokenizer(f"<|endoftext|>{text}").input_ids == [50256, *bpe.encode_ordinary(text)]
+    assert tokenizer.model_max_length == theirs.generation_config.max_length == 32
     config = json.loads(Path("my out/config.json").read_text())
     assert config["eos_token_id"] == config["pad_token_id"] == tokenizer.pad_token_id == 50256
-    assert tokenizer.model_max_length == theirs.generation_config.max_length == 64
-    assert config["dtype"] == "float32"
     # what llama.cpp and mlx-lm look for, and what fine-tuning would otherwise do
-    gpt2 = dict(n_ctx=64, resid_pdrop=0, attn_pdrop=0)
+    gpt2 = dict(n_ctx=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
     assert config == config | (gpt2 if kind == "GPT2" else dict(rope_theta=10000))
 
 
 def test_what_transformers_cannot_compute_is_refused(convert, capsys, monkeypatch):
-    """A fork's field, an untied head, and attention that treats documents separately."""
-    def refused(*messages):
-        fails(["a.pt", "out"], capsys, *messages, main=convert.main)
-        assert not Path("out").exists()
-
-    model = tiny_model(vocab_size=50257)
-    fork = dataclasses.make_dataclass("Fork", [("tie", bool, True)], bases=(GPTConfig,))
-    with monkeypatch.context() as patch:
-        patch.setattr(train_gpt2, "GPTConfig", fork)
-        model.config = fork(**dataclasses.asdict(model.config), tie=False)
-        save_model("a.pt", model)
-        refused("tie=False")
-    model = tiny_model(vocab_size=50257)
-    save_model("a.pt", model)
+    """An untied head, and a fork's model that treats documents separately."""
+    save_model("a.pt", tiny_model(vocab_size=50257))
     state = load("a.pt")
     state["model"]["lm_head.weight"] = state["model"]["lm_head.weight"] + 1
-    torch.save(state, "a.pt")
-    refused("untied")
-
-    def forward(model, idx):
-        second = (idx == 50256).cumsum(dim=1).bool()
-        return real_forward(model, idx).masked_fill(second[..., None], 0)
-
-    real_forward = GPT.forward
-    monkeypatch.setattr(GPT, "forward", forward)
-    save_model("a.pt", model)
-    refused("differ")
+    torch.save(state, "untied.pt")
+    fails(["untied.pt", "out"], capsys, "untied", main=convert.main)
+    real = GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda model, x: real(model, x) * (x != 50256)[..., None])
+    fails(["a.pt", "out"], capsys, "differ", main=convert.main)
+    assert not Path("out").exists()
 
 
 @torch.no_grad()
-def test_openai_weights(convert, openai_tokenizer, small, capsys):
-    """OpenAI's layout (merged, transposed) comes in with the same logits; then what it prints."""
+def test_openai_weights(convert, bpe, small, capsys):
+    """OpenAI's layout comes in with the same logits; then the commands that it prints."""
     import transformers
-    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4)
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128)
     theirs = transformers.GPT2LMHeadModel(config).eval()
     torch.manual_seed(0)
     for p in theirs.parameters():
@@ -1599,22 +1424,16 @@ def test_openai_weights(convert, openai_tokenizer, small, capsys):
     convert.main(["gpt2", "gpt2.pt"])
     commands = re.findall(r"^    python (\S+) (.*)$", capsys.readouterr().out, re.M)
     commands = {script: shlex.split(rest) for script, rest in commands}
-    model, tokenizer = train_gpt2.load_model("gpt2.pt", "cpu")
-    x = random_ids(3, 48, below=50257)
-    logits = model(x)
-    assert tokenizer == "gpt2" and logits.std() > 0.5
-    assert (logits - theirs(x).logits).abs().max() < 1e-4
-
-    write("q.jsonl", "\n".join(map(json.dumps, made_questions(12))).encode())
+    write("q.jsonl", "\n".join(map(json.dumps, made_questions(2))).encode())
     hellaswag.main([*commands["hellaswag.py"], "--data=q.jsonl", "--device=cpu"])
-    assert "gpt2.pt, completion style, 12 questions\nacc  " in capsys.readouterr().out
+    assert "gpt2.pt, completion style, 2 questions\nacc  " in capsys.readouterr().out
     # a run that begins with them
     all_shards(50257)
     main([*commands["train_gpt2.py"], small[-1], "--num_iterations=0", "--sequence_length=32",
-          "--total_batch_size=512", "--val_tokens=2048", "--dtype=float32", "--device=cpu",
-          "--output_dir=log"])
-    x, y = TokenLoader("sums_val_*.bin", 32).batch(0, 64, CPU)
-    assert log_of("log", "tel")[0] == pytest.approx(model(x, y).item(), abs=1e-4)
+          "--total_batch_size=512", "--val_tokens=512", "--dtype=float32", "--device=cpu"])
+    x, y = TokenLoader("sums_val_*.bin", 32).batch(0, 16, CPU)
+    loss = F.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten())
+    assert log_of("log_gpt2", "tel")[0] == pytest.approx(loss.item(), abs=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------
