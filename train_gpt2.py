@@ -3,21 +3,21 @@ How GPT-2 is trained, and how you would train it today: one file, to be read fro
 
 A language model reads text and predicts what comes next. It sees text as a sequence of integers,
 the token ids. A token is a byte, or a string of bytes that occurs often, such as a common word. At
-each position the model gives every id of its vocabulary a score, the logit. Softmax turns the
+each position the model assigns every id in its vocabulary a score, the logit. Softmax turns the
 logits z into probabilities, exp(z) / sum(exp(z)). The loss at a position is -log p(the next id),
 the cross-entropy, in nats because the logarithm is natural:
     0       the model was certain and right
     5.5     it gave equal probability to the 257 ids of a byte-level vocabulary, the 256 bytes and
             a special token that separates documents: ln 257 = 5.5
     10.8    it gave equal probability to the 50,257 ids of GPT-2's vocabulary: ln 50,257 = 10.8
-    3.3     a trained GPT-2. Its perplexity is e^3.3 = 27: on average it is as uncertain as if it
-            guessed among 27 equally likely ids
+    3.3     a trained GPT-2 124M. Its perplexity is e^3.3 = 27: on average it is as uncertain as if
+            it guessed among 27 equally likely ids
 Training lowers the mean loss by gradient descent. Each step runs the model on a batch of text,
 computes the gradient of the loss with respect to every parameter (or weight), and moves it a little
 against its gradient. Nobody has to label anything: the target at each position is the next token.
 
 Part I is the algorithm: the model, the loss, the data, the optimizer, the hyperparameters (settings
-that we choose, not learn), and the training loop. Part II holds the functions that part I calls:
+that are chosen, not learned), and the training loop. Part II holds the functions part I calls:
 device selection, checkpoints (the model's parameters in a file), generation, and the command line.
 
 Letters and words in comments:
@@ -27,7 +27,7 @@ Letters and words in comments:
     D   the width of one attention head, C / n_head
     V   vocabulary size, the number of different ids
     fp32, bf16   32-bit and 16-bit floating-point numbers. bf16 has fp32's range but only 2 to 3
-                 decimal digits; it halves memory and is several times as fast in matrix products
+                 decimal digits; it takes half the memory and is several times as fast in matmuls
     tiny         a byte-level model for a laptop: 4 layers, 128 channels
     d12, d24     two of GPT-2's sizes: 12 layers with 768 channels, 24 layers with 1024
 
@@ -77,10 +77,10 @@ import fineweb
 #     in each of 12 blocks:
 #         q                  (4, 1024, 12, 64)     attention: 12 heads of 64 channels
 #         k, v               (4, 1024, 6, 64)      half as many heads
-#         attention          (4, 1024, 768)        the heads concatenated, added to x
+#         attention          (4, 1024, 768)        the heads, concatenated, projected, added to x
 #         gate, up           (4, 1024, 2048)       MLP: 8/3 of 768
 #         MLP                (4, 1024, 768)        added to x
-#     ln_f                   (4, 1024, 768)        a last normalization
+#     ln_f                   (4, 1024, 768)        the final norm
 #     lm_head                (4, 1024, 50304)      a logit per id, padded to a multiple of 64
 #     loss                   scalar                the mean over 4096 predictions
 
@@ -155,7 +155,7 @@ def make_norm(config):
 # their dot product unchanged. Take a query rotated by a and a key rotated by b, and rotate both
 # back by a:
 #     R(a) q · R(b) k = q · R(b - a) k
-# A pair's angle is its position times the pair's frequency, so b - a depends only on the relative
+# A pair's angle is the position times the pair's frequency, so b - a depends only on the relative
 # position: "three tokens ago" looks the same everywhere. Offsets beyond any in training remain new
 # to the model, so don't expect it to extrapolate to longer sequences.
 
@@ -211,13 +211,13 @@ def causal_attention(q, k, v):
         0.0   2.0   1.0    0.0   2.0   1.0      0.09   0.67   0.24    21.5
 
     Why divide by sqrt(D)? A dot product sums D products. If the entries of q and k are independent
-    with mean 0 and standard deviation 1, the sum has standard deviation sqrt(D) and the softmax
-    saturates: the largest score takes nearly all the weight. Learning is then slow, because the
+    with mean 0 and variance 1, the variances add up to D, the standard deviation is sqrt(D), and
+    the softmax saturates: the largest score takes nearly all the weight. Learning is then slow: the
     derivatives of a softmax, p_i (1 - p_i) and -p_i p_j, vanish when one p is near 1.
     """
-    # Flash attention (https://arxiv.org/abs/2205.14135) is a kernel, one compiled routine, for the
-    # same numbers. Its tiles fit the GPU's fast on-chip SRAM, and no (T, T) matrix is stored. To
-    # inspect the attention weights, assign the plain form to train_gpt2.causal_attention.
+    # Flash attention (https://arxiv.org/abs/2205.14135) computes the same result in one kernel (a
+    # compiled routine), tile by tile in the GPU's fast on-chip SRAM, so no (T, T) matrix is stored.
+    # To inspect the attention weights, assign the plain form to train_gpt2.causal_attention.
     if q.device.type == "cpu":
         # CPUs run this kernel faster in fp32 (tiny: 5 ms instead of 13 on an AMD Zen 4)
         q, k, v = q.float(), k.float(), v.float()
@@ -235,9 +235,9 @@ class CausalSelfAttention(nn.Module):
 
     One head may attend to the verb and another to the matching bracket. In grouped-query attention
     (https://arxiv.org/abs/2305.13245) query heads share key/value heads: with half as many, query
-    heads 0 and 1 share key/value head 0, heads 2 and 3 share head 1, and so on. Why? Programs that
-    generate text fast store the keys and values of all earlier tokens, which never change, in a KV
-    cache. Half as many key/value heads halve the cache and save 5% of d12's training compute.
+    heads 0 and 1 share key/value head 0, heads 2 and 3 share head 1, and so on. Why? To generate
+    text quickly, programs store the keys and values of all earlier tokens, which never change, in a
+    KV cache. Half as many key/value heads halve the cache and save 5% of d12's training compute.
     """
 
     def __init__(self, config):
@@ -262,9 +262,9 @@ class CausalSelfAttention(nn.Module):
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
         # QK-norm (https://arxiv.org/abs/2302.05442) scales every q and k to length sqrt(D) while
-        # its gains are near 1. No score then exceeds sqrt(D), 8 for D = 64, however large c_q and
-        # c_k grow at a high learning rate. QK-norm precedes RoPE because its gains differ within a
-        # pair: after the rotation they would make scores depend on absolute positions.
+        # its gains are near 1. q · k is then at most D, and no score exceeds D / sqrt(D), however
+        # large c_q and c_k grow at a high learning rate. QK-norm precedes RoPE because its gains
+        # differ within a pair: after the rotation they would distort relative positions.
         q = self.q_norm(q)
         k = self.k_norm(k)
         if rope is not None:
@@ -281,8 +281,8 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """Multi-layer perceptron: a nonlinear function applied to each position separately.
 
-    Attention only averages values. Computing anything else from them takes a nonlinear function.
-    GPT-2's MLP widens x to 4C, applies GELU (a smooth ReLU, which is max(x, 0)), and projects back:
+    Attention's output is a weighted average of values. Any further computation is up to the MLP.
+    GPT-2's MLP widens x to 4C, applies GELU (a smooth ReLU; ReLU is max(x, 0)), and projects back:
 
         y = c_proj(gelu(c_fc(x)))
 
@@ -328,7 +328,7 @@ class Block(nn.Module):
     copy (pre-norm) and writes by adding. The derivative of x + f(x) is 1 + f'(x), so gradients
     reach the first block directly through these residual connections, and deep models train well.
 
-    GPT-2 had dropout here, x + dropout(attn(...)). Zeroing random activations, the entries of a
+    GPT-1 had dropout here, x + dropout(attn(...)). Zeroing random activations, the entries of a
     layer's output, keeps a model from overfitting: memorizing text that it reads many times.
     """
 
@@ -374,7 +374,7 @@ class GPT(nn.Module):
         # an id's logit is the dot product of the final vector with the id's own row. Ids used in
         # similar contexts get similar rows, which helps at both ends. Untied, d12 would have 155M
         # parameters instead of 116.5M. Untrained, tiny predicts repeats, because its blocks add
-        # little and a row matches itself best. Bytes often repeat: its loss is 5.22, below ln 257.
+        # little and a row matches itself best. Bytes often repeat, so its loss is 5.22 < ln 257.
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
@@ -459,7 +459,7 @@ class GPT(nn.Module):
 #     y     3290   318  257  922  3290   13   383 3797 44263    13           the targets
 #
 # " The" with its space is not the token "The". y is x shifted by one: at position t the model sees
-# x[0] ... x[t] and predicts y[t], which the causal mask hides. One sequence trains T predictions.
+# x[0] ... x[t] and predicts y[t], which the causal mask hides. One sequence yields T predictions.
 
 class TokenLoader:
     """Loads the sequences of all shards that match a glob pattern, each once per epoch.
@@ -522,7 +522,7 @@ class TokenLoader:
                          f"vocabulary has {self.vocab_size}: make it again with fineweb.py")
         tokens = torch.from_numpy(tokens)
         if "cuda" in str(device):
-            # the CPU does not wait for this copy, because pinned memory cannot be swapped out
+            # pinned memory cannot be swapped out, so the GPU copies from it while the CPU moves on
             tokens = tokens.pin_memory().to(device, non_blocking=True)
         tokens = tokens.to(device)
         # contiguous() copies: shifted views of one tensor gave wrong results on Apple GPUs
@@ -540,8 +540,8 @@ def evaluate(model, data, num_tokens, batch_size=16):
     model.eval()  # matters only if you add dropout
     device = next(model.parameters()).device
     num_sequences = max(1, min(num_tokens // data.T, data.total))
-    # With several GPUs, each process, number `rank` of world_size, evaluates a share. Weighting by
-    # count makes the mean independent of the number of processes and of the batch size.
+    # With several GPUs, each of the world_size processes evaluates a share; rank is its number.
+    # Weighting by count makes the mean independent of the number of processes and of batch size.
     rank, world_size = this_process()
     begin = num_sequences * rank // world_size
     end = num_sequences * (rank + 1) // world_size
@@ -559,7 +559,7 @@ def evaluate(model, data, num_tokens, batch_size=16):
 
 # The gradient g of the loss with respect to a parameter w says how the loss changes with w.
 # Stochastic gradient descent (SGD) steps against it, w -= lr * g, where lr is the learning rate. It
-# is stochastic because g comes from one batch and is noisy. Momentum replaces g by m, a moving
+# is stochastic because g comes from one batch and is noisy. Momentum replaces g with m, a moving
 # average of gradients in which the noise averages out. But one learning rate does not fit all
 # parameters: it is too large where gradients are large and too small where they are tiny. Adam
 # (https://arxiv.org/abs/1412.6980) divides m by the gradients' RMS, the square root of v, a moving
@@ -583,13 +583,13 @@ def evaluate(model, data, num_tokens, batch_size=16):
 # Muon (https://kellerjordan.github.io/posts/muon) is a newer optimizer, for the matrices of the
 # blocks. Adam rescales each entry of a gradient on its own; Muon treats the matrix as a whole.
 # Every matrix X is a product U S V^T, its singular value decomposition (SVD). The columns of U and
-# of V have length 1 and are orthogonal. S is diagonal and contains the singular values: X turns
-# column i of V into column i of U, stretched by the i-th singular value. A gradient has a few large
-# singular values and many small ones: in tiny after 100 steps, the largest is typically 40 times the
-# median. So an SGD step is large along a few directions and tiny along the rest. But small does not
-# mean unimportant: a small singular value may belong to something rare in the batch that has to be
-# learned as well. Muon keeps U and V and moves all singular values close to 1, with
-# orthogonalize(), so the step is about equally large along every direction. For matrices g and w:
+# of V have length 1 and are orthogonal. S is diagonal and contains the singular values. If X is the
+# step of a matrix, an input along column i of V moves the output along column i of U, by the i-th
+# singular value. A gradient has a few large singular values and many small ones: in tiny after 100
+# steps, the largest is typically 40 times the median. So an SGD step changes a few of these
+# directions and hardly the rest. But small does not mean unimportant: a small singular value may
+# belong to something rare in the batch that has to be learned as well. Muon keeps U and V and moves
+# all singular values close to 1, with orthogonalize(). For matrices g and w:
 #
 #     m = 0.95 m + 0.05 g                         # momentum
 #     u = orthogonalize(0.95 m + 0.05 g)          # Nesterov momentum
@@ -713,7 +713,7 @@ def make_optimizers(model, optimizer="muon", learning_rate=4e-3, weight_decay=0.
 
 
 def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
-    r"""The learning rate at a step of num_iterations; learning_rate is the peak.
+    r"""The learning rate at `step`, out of num_iterations; learning_rate is the peak.
 
         wsd                        cosine
           ___                        _
@@ -722,10 +722,10 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
        /         \                /        `--.__
         warmup, stable, decay to 0   warmup, decay to a tenth
 
-    Why warm up? At first the moments average few noisy gradients, and full steps go astray. Why
-    decay? Large steps bounce back and forth across a valley of the loss, and only small ones
+    Why warm up? At first the moments average only a few noisy gradients, so full steps are risky.
+    Why decay? Large steps bounce back and forth across a valley of the loss, and only small ones
     descend into it. Compare runs only at their ends: until then, a run whose rate is still high
-    looks worse than it is. Our wsd (https://arxiv.org/abs/2404.06395) decays over 70%, as in the
+    looks worse than it is. Our wsd (https://arxiv.org/abs/2404.06395) decays in the last 70%, as in
     train_gpt_simple.py of the NanoGPT speedrun (https://github.com/KellerJordan/modded-nanogpt).
 
     For d12's 19,073 steps the two recipes of section 5 give:
@@ -762,11 +762,11 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
 #
 # How many steps? About 20 tokens per parameter are compute-optimal, the best use of a given compute
 # budget (Chinchilla, https://arxiv.org/abs/2203.15556): 2.3 billion for d12, 6.6 billion for d24.
-# More tokens help further. 19,073 steps are one epoch of FineWeb's sample of 10 billion tokens.
+# More tokens still help. 19,073 steps are one epoch of FineWeb's sample of 10 billion tokens.
 #
 # How high is the peak learning rate? No hyperparameter matters more. d12 to d48 use four times the
 # rates of GPT-3's models (6e-4 to 2e-4, table 2.1 of https://arxiv.org/abs/2005.14165) because Muon
-# and QK-norm keep training stable at such rates. Only models up to 17.6M parameters were tried
+# and QK-norm should keep training stable. Only models up to 17.6M parameters were tried
 # (report/README.md), so these rates are guesses. For another size, start between its neighbors'
 # rates and compare complete short runs at half and twice the rate.
 DEFAULTS = dict(
@@ -778,7 +778,7 @@ DEFAULTS = dict(
     warmup_iters=250,         # steps, but at most a tenth of the run
     weight_decay=0.1,         # as in GPT-3
     grad_clip=1.0,            # maximum norm of the gradient, as in GPT-3; 0: no clipping
-    seed=1337,                # for weights, data order and samples
+    seed=1337,                # for weights, data order, and samples
     val_loss_every=250,       # steps between validations, which also save; 0: only at the end
     val_tokens=10485760,      # tokens per validation
     log_every=1,              # steps per printed line
@@ -878,7 +878,7 @@ def train(args, signals=()):
 
     # ---- Gradient accumulation splits a step. d12's 512 sequences do not fit on one GPU, so each
     # rank processes an equal share in micro-batches of batch_size sequences, whose gradients add
-    # up. With 16 at a time, one GPU takes 32 micro-batches (grad_accum_steps), two take 16 each.
+    # up. At 16 sequences each, one GPU runs 32 micro-batches (grad_accum_steps); two run 16 each.
     compiled = device.type == "cuda" if args.compile is None else args.compile
     batch_size = pick_batch_size(args, model, device, dtype, compiled, world_size)
     sequences_per_rank = args.total_batch_size // (T * world_size)
@@ -959,9 +959,9 @@ def train(args, signals=()):
             loss.backward()
 
         # Gradient clipping: if the norm of all gradients, taken as one vector, exceeds grad_clip,
-        # scale them down to norm grad_clip. Early on, most steps are clipped, so they count equally
-        # in the moments. Later, clipping keeps the huge gradient of one odd batch from dominating v
-        # for its 1 / 0.05 = 20 steps. norm is the norm before clipping.
+        # scale them down to norm grad_clip. The optimizers ignore the scale that all steps share,
+        # but a step with a larger gradient weighs more in the moments: clipping keeps one odd batch
+        # from dominating them for some 20 steps. norm is the norm before clipping.
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
 
         lr = get_lr(step, args.num_iterations, args.learning_rate, args.warmup_iters, args.schedule)
@@ -1047,7 +1047,7 @@ def this_process():
 def print0(text):
     """Prints from rank 0 only, or eight processes would say everything eight times."""
     if this_process()[0] == 0:
-        # a closed terminal should not end the run
+        # a broken output pipe, such as a dead tee, should not end the run
         with contextlib.suppress(OSError):
             print(text, flush=True)
 
@@ -1095,7 +1095,7 @@ def pick_batch_size(args, model, device, dtype, compiled, world_size):
     if device.type == "cuda":
         # Bytes in use at the peak of a step: about 20 per parameter (weight, gradient, optimizer
         # state, bf16 copy, DDP's buffer). The factors per channel and per logit were fitted to d12
-        # to d48 with PyTorch's allocator on a stand-in for the CUDA driver, not on a GPU.
+        # to d48 with PyTorch's allocator on a mock CUDA driver, not on a GPU.
         c = model.config
         num_params = sum(p.numel() for p in model.parameters())
         per_channel, per_logit = (35, 2.2) if compiled else (61, 12.3)
@@ -1115,7 +1115,7 @@ def flops_per_token(model):
     """Floating-point operations (FLOPs) to train on one token of a sequence of block_size tokens.
 
     Each parameter of a matmul takes a multiplication and an addition in the forward pass, and twice
-    as many in the backward pass, for the gradients of the parameter and of its input: 6 in all.
+    as many in the backward pass, for the gradients with respect to it and its input: 6 in all.
     Looking up an embedding takes none. In each layer, q k^T and the weighted average of the values
     take 12 C T more (PaLM, https://arxiv.org/abs/2204.02311, appendix B, which also counts the
     masked half). For d12 that is 6 * 116.5M + 12 * 12 * 768 * 1024 = 812 million, so 4.26e14 per
@@ -1142,8 +1142,8 @@ def open_data(args):
     val_data = TokenLoader(f"{pattern.rpartition('_train_')[0]}_val_*.bin", T)
     for data, needed in (train_data, args.total_batch_size // T), (val_data, 1):
         if data.total < needed:
-            sys.exit(f"error: {data.paths[0]}: {data.total} sequences of {T} tokens, {needed} are "
-                     f"needed: a smaller --total_batch_size or --sequence_length, or more text")
+            sys.exit(f"error: {data.paths[0]}: {data.total} sequences of {T} tokens, but {needed} "
+                     f"are needed: reduce --total_batch_size or --sequence_length, or add text")
         if data.vocab_size != train_data.vocab_size:
             sys.exit(f"error: {data.paths[0]} has {data.vocab_size} ids, and the training shards "
                      f"have {train_data.vocab_size}: make both with the same tokenizer")
@@ -1264,7 +1264,7 @@ def print_header(args, model, train_data, batch_size, grad_accum_steps, device, 
 
 
 def print_step(args, step, loss, lr, norm, seconds, model, world_size):
-    """Prints one step's line. TFLOP/s are per GPU."""
+    """Prints one step's line. TFLOP/s is per GPU."""
     tokens_per_second = args.total_batch_size / seconds
     tflops = tokens_per_second * flops_per_token(model) / world_size / 1e12
     minutes_left = seconds * (args.num_iterations - step - 1) / 60
@@ -1316,7 +1316,7 @@ def load_model(path, device):
 
 
 def tokenizer_name(vocab_size):
-    """The tokenizer's name, from its vocabulary size, which is all that a shard stores."""
+    """The tokenizer's name, from its vocabulary size, all that a shard records about it."""
     for name, size in fineweb.VOCAB_SIZE.items():
         if size == vocab_size:
             return name
@@ -1389,7 +1389,7 @@ def parse_args(argv):
     on_off = argparse.BooleanOptionalAction  # makes --qk_norm and --no-qk_norm
 
     add("--model", choices=PRESETS, default="tiny", help="a preset [%(default)s]")
-    add("--arch", choices=["variant", "gpt2"], default="variant", help="gpt2: all switches off")
+    add("--arch", choices=["variant", "gpt2"], default="variant", help="gpt2: revert all changes")
     add("--recipe", choices=["today", "original"], default="today", help="original: AdamW, cosine")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the blocks' matrices")
     add("--schedule", choices=["wsd", "cosine"], default="wsd", help="of the learning rate")
@@ -1400,7 +1400,7 @@ def parse_args(argv):
     for name, value in (shape | DEFAULTS).items():
         how = {"action": on_off} if isinstance(value, bool) else {"type": type(value)}
         add(f"--{name}", **how, help=f"see GPTConfig and DEFAULTS [{value}]")
-    add("--output_dir", help="folder for main.log, last.pt and best.pt; default: the preset's")
+    add("--output_dir", help="folder for main.log, last.pt, and best.pt; default: the preset's")
     add("--resume", action="store_true", help="continue from last.pt, if there is one")
     add("--init_from", metavar="CHECKPOINT", help="fine-tune it; default shape: the checkpoint's")
     add("--overfit_single_batch", action="store_true", help="train on the first batch only")
@@ -1420,11 +1420,11 @@ def parse_args(argv):
     if typed.init_from:
         stored = load_checkpoint(typed.init_from)["config"]
         defaults |= {name: stored[name] for name in shape if name in stored}
-    if typed.num_iterations is not None:
-        # a short run should not be all warmup
-        defaults["warmup_iters"] = min(defaults["warmup_iters"], typed.num_iterations // 10)
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
+    if typed.warmup_iters is None:
+        # a short run should not be all warmup
+        args.warmup_iters = min(args.warmup_iters, args.num_iterations // 10)
     args.command = shlex.join(["python", "train_gpt2.py", *argv])
     return args
 
