@@ -12,6 +12,8 @@ import dataclasses
 import fnmatch
 import functools
 import glob
+import hashlib
+import http.server
 import importlib
 import json
 import math
@@ -24,6 +26,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -1228,50 +1231,82 @@ def test_the_next_command_fits_the_text(name, vocab_size, tokens, wanted, capsys
     assert (args.model, args.total_batch_size, args.num_iterations) == wanted
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    """huggingface.co as a dict: hub[dataset] names its files, which are copies of the file made."""
-    online = {}
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The hub's answers about a dataset: server.files is {path: bytes}, server.sent the paths."""
 
-    def dataset_info(api, repo, revision):
-        if repo not in online:
-            raise ConnectionError("offline")
-        return types.SimpleNamespace(sha="commit")
+    def do_GET(self):
+        files = self.server.files
+        kind, path = re.match(r"(?:/api)?/datasets/kjj0/fineweb10B-gpt2/(\w+)/[^/]*/?(.*)",
+                              self.path).groups()
+        sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        if kind == "revision":
+            body = json.dumps({"id": "kjj0/fineweb10B-gpt2", "sha": "c" * 40}).encode()
+        elif kind == "tree":
+            body = json.dumps([{
+                "type": "file", "path": name, "size": len(content), "oid": "0" * 40,
+                "lfs": {"size": len(content), "oid": sums[name], "pointerSize": 1},
+            } for name, content in files.items()]).encode()
+        else:
+            body = files[path]
+            if self.command == "GET":
+                self.server.sent.append(path)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{sums.get(path)}"')
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
 
-    def snapshot_download(repo, repo_type, revision, allow_patterns, local_dir):
-        """Where it knows no commit, the real one also returns the folder as it is."""
-        (local_dir / ".cache").mkdir(parents=True, exist_ok=True)
-        for pattern in allow_patterns:
-            for name in fnmatch.filter(online.get(repo, []), pattern):
-                Path(local_dir, name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy("made", local_dir / name)
+    do_HEAD = do_GET
 
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return online
+    def log_message(self, *args):
+        pass
 
 
-def test_pretokenized_shards(hub, monkeypatch, capsys):
-    """As many as asked for, later the others, also without a vocabulary; offline is an error."""
-    fineweb.write_shard("made", np.ones(5000), 0)
-    names = "val_000000", "train_000001", "train_000002"
-    hub["kjj0/finewebedu10B-gpt2"] = [f"finewebedu_{name}.bin" for name in names]
-    fail_in(monkeypatch, "tiktoken", OSError())
-    for flags, count in (["--shards=1"], 2), ([], 3):
-        fineweb.main(["-t=edu", *flags])
-        assert len(list(Path("finewebedu10B").glob("*.bin"))) == count
-        assert re.search("^NOTE: .*TIKTOKEN_CACHE_DIR", capsys.readouterr().out)
-    hub.clear()
-    fails(["-t=edu"], capsys, "kjj0/finewebedu10B-gpt2", "HF_ENDPOINT", main=fineweb.main)
+def test_pretokenized_shards(monkeypatch, tmp_path):
+    """As many as asked for, later the others, none twice, also without a vocabulary, all by the
+    hub's own library from a server on this machine. Offline is an error, whatever is there."""
+    pytest.importorskip("huggingface_hub")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    server.files, server.sent = {}, []
+    for i, split in enumerate(("val", "train", "train")):
+        fineweb.write_shard("made", np.full(5000, i), 0)
+        server.files[f"fineweb_{split}_{i:06d}.bin"] = Path("made").read_bytes()
+    # read by the library when it is imported, so each download has a process of its own
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb, tiktoken\n"
+    code += "tiktoken.get_encoding = lambda _: open('nowhere')\nfineweb.main(sys.argv[1:])"
+    online, offline = server.server_port, 9
+    for port, flags, count in (online, ["--shards=1"], 2), (online, [], 3), (offline, [], 3):
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+        done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
+        there = {path.name: path.read_bytes() for path in Path("fineweb10B").glob("*.bin")}
+        assert there == dict(list(server.files.items())[:count]), done.stderr
+        assert "NOTE: " in done.stdout and "Traceback" not in done.stderr
+        assert done.returncode == (port == offline)
+        assert re.search("^error: kjj0/.*HF_ENDPOINT", done.stderr, re.M) or port == online
+    server.shutdown()
+    assert sorted(server.sent) == sorted(server.files)
 
 
 @pytest.mark.parametrize("shards, count", [(0, 3), (2, 1), (6, 2)])
-def test_raw_text_becomes_llmc_shards(shards, count, bpe, hub, monkeypatch):
+def test_raw_text_becomes_llmc_shards(shards, count, bpe, monkeypatch):
     """The first shard is for validation, documents keep their order, few shards need few files."""
     monkeypatch.setattr(fineweb, "SHARD_TOKENS", 100)
     write_parquet("made", TEXTS)
-    hub["HuggingFaceFW/fineweb"] = [f"sample/10BT/{i:03d}_00000.parquet" for i in range(3)]
+
+    def download(repo, patterns, folder):
+        (folder / "sample/10BT").mkdir(parents=True)
+        for i in range(3):
+            name = f"sample/10BT/{i:03d}_00000.parquet"
+            if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+                shutil.copy("made", folder / name)
+
+    monkeypatch.setattr(fineweb, "download", download)
     fineweb.main(["--tokenize", f"--shards={shards}"])
     paths, lengths, _ = fineweb.find_shards("fineweb10B/fineweb_train_*.bin")
     paths.insert(0, "fineweb10B/fineweb_val_000000.bin")
