@@ -486,7 +486,7 @@ def test_the_worked_example_of_orthogonalize():
     # diagonal matrices of norm 1, whose singular values are their entries
     s = torch.linspace(1 / 500, 1, 20_001).double()
     moved = train_gpt2.orthogonalize(torch.diag_embed(torch.stack((s, (1 - s * s).sqrt()), dim=1)))
-    interval = re.search(r"between 1/500\s+and 1 to between (\S+) and (\S+) ", doc).groups()
+    interval = re.search(r"between\s+1/500 and 1 to between (\S+) and (\S+) ", doc).groups()
     assert tuple(f"{limit:.2f}" for limit in moved[:, 0, 0].aminmax()) == interval
 
 

@@ -13,7 +13,7 @@ the cross-entropy, in nats because the logarithm is natural:
     3.3     a trained GPT-2 124M. Its perplexity is e^3.3 = 27: on average it is as uncertain as if
             it guessed among 27 equally likely ids
 Training lowers the mean loss by gradient descent. Each step runs the model on a batch of text,
-computes the gradient of the loss with respect to every parameter (or weight), and moves it a little
+computes the loss's gradient with respect to every parameter (or weight) and moves each one a little
 against its gradient. Nobody has to label anything: the target at each position is the next token.
 
 Part I is the algorithm: the model, the loss, the data, the optimizer, the hyperparameters (settings
@@ -78,7 +78,7 @@ import fineweb
 #         q                  (4, 1024, 12, 64)     attention: 12 heads of 64 channels
 #         k, v               (4, 1024, 6, 64)      half as many heads
 #         attention          (4, 1024, 768)        the heads, concatenated, projected, added to x
-#         gate, up           (4, 1024, 2048)       MLP: 8/3 of 768
+#         gate, up           (4, 1024, 2048)       MLP: hidden width 8/3 of 768
 #         MLP                (4, 1024, 768)        added to x
 #     ln_f                   (4, 1024, 768)        the final norm
 #     lm_head                (4, 1024, 50304)      a logit per id, padded to a multiple of 64
@@ -114,7 +114,7 @@ class RMSNorm(nn.Module):
 
     x (..., dim) -> same shape and dtype (https://arxiv.org/abs/1910.07467). Every block adds to the
     vectors, so their entries grow from block to block. Attention and MLP therefore each read a
-    normalized copy, whose RMS is 1. GPT-2's LayerNorm also subtracts the mean and adds a bias;
+    normalized copy with RMS near 1. GPT-2's LayerNorm also subtracts the mean and adds a bias;
     neither turned out to be necessary.
     """
 
@@ -156,8 +156,8 @@ def make_norm(config):
 # back by a:
 #     R(a) q · R(b) k = q · R(b - a) k
 # A pair's angle is the position times the pair's frequency, so b - a depends only on the relative
-# position: "three tokens ago" looks the same everywhere. Offsets beyond any in training remain new
-# to the model, so don't expect it to extrapolate to longer sequences.
+# position: "three tokens ago" looks the same everywhere. Offsets longer than any seen in training
+# are unfamiliar to the model, so don't expect it to extrapolate to longer sequences.
 
 def rope_tables(T, D, base=10000.0):
     """cos and sin of every angle, each (T, D/2).
@@ -222,7 +222,7 @@ def causal_attention(q, k, v):
         # CPUs run this kernel faster in fp32 (tiny: 5 ms instead of 13 on an AMD Zen 4)
         q, k, v = q.float(), k.float(), v.float()
     elif q.dtype == torch.float32:
-        # on GPUs, PyTorch has no fp32 kernel of this kind for shared heads
+        # on GPUs, PyTorch's fused fp32 kernel does not support shared key/value heads
         k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
         v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
     # Autocast (section 6) is off because it would cast the fp32 inputs back to bf16.
@@ -449,7 +449,7 @@ class GPT(nn.Module):
 # -------------------------------------------------------------------------------------------------
 # 3. The data
 
-# A corpus is a long sequence of token ids, stored in files called shards. fineweb.py makes them and
+# A corpus is a body of text, stored as token ids in files called shards. fineweb.py makes them and
 # explains how text is tokenized. Training reads T + 1 consecutive ids and makes an input x and a
 # target y from them:
 #
@@ -535,12 +535,12 @@ def evaluate(model, data, num_tokens, batch_size=16):
 
     data is held-out text, which the model never trains on. A model that has only memorized its
     training text does badly on it. Calls with the same data use the same sequences, each only once,
-    even if they hold fewer than num_tokens tokens.
+    even if data holds fewer than num_tokens tokens.
     """
     model.eval()  # matters only if you add dropout
     device = next(model.parameters()).device
     num_sequences = max(1, min(num_tokens // data.T, data.total))
-    # With several GPUs, each of the world_size processes evaluates a share; rank is its number.
+    # With several GPUs, each of the world_size processes, numbered by rank, evaluates a share.
     # Weighting by count makes the mean independent of the number of processes and of batch size.
     rank, world_size = this_process()
     begin = num_sequences * rank // world_size
@@ -578,18 +578,18 @@ def evaluate(model, data, num_tokens, batch_size=16):
 #                    0.1 g. Dividing by 1 - 0.9^n, which rises from 0.1 to 1, corrects this bias.
 #                    v is corrected the same way.
 #     eps            prevents a division by 0.
-#     weight_decay   pulls weights slightly toward 0, so weights that the data does not need fade.
+#     weight_decay   pulls weights slightly toward 0, so unneeded weights fade.
 #
 # Muon (https://kellerjordan.github.io/posts/muon) is a newer optimizer, for the matrices of the
 # blocks. Adam rescales each entry of a gradient on its own; Muon treats the matrix as a whole.
 # Every matrix X is a product U S V^T, its singular value decomposition (SVD). The columns of U and
 # of V have length 1 and are orthogonal. S is diagonal and contains the singular values. If X is the
-# step of a matrix, an input along column i of V moves the output along column i of U, by the i-th
+# update to a matrix, an input along column i of V moves the output along column i of U, by the i-th
 # singular value. A gradient has a few large singular values and many small ones: in tiny after 100
-# steps, the largest is typically 40 times the median. So an SGD step changes a few of these
-# directions and hardly the rest. But small does not mean unimportant: a small singular value may
-# belong to something rare in the batch that has to be learned as well. Muon keeps U and V and moves
-# all singular values close to 1, with orthogonalize(). For matrices g and w:
+# steps, the largest is typically 40 times the median. So an SGD step moves a matrix along a few of
+# these directions and hardly along the rest. But small does not mean unimportant: a small singular
+# value may belong to something rare in the batch that has to be learned as well. Muon keeps U and
+# V and moves all singular values close to 1, with orthogonalize(). For matrices g and w:
 #
 #     m = 0.95 m + 0.05 g                         # momentum
 #     u = orthogonalize(0.95 m + 0.05 g)          # Nesterov momentum
@@ -617,8 +617,8 @@ def orthogonalize(matrices):
 
         s -> a s + b s^3 + c s^5
 
-    With the a, b, and c below, five of these Newton-Schulz iterations move every s between 1/500
-    and 1 to between 0.68 and 1.20 and enlarge smaller ones. Muon's post explains a, b, and c.
+    With the a, b, and c below, five iterations of this map (Newton-Schulz) bring every s between
+    1/500 and 1 to between 0.68 and 1.20 and enlarge any smaller s. Muon's post explains a, b, c.
     """
     a, b, c = 3.4445, -4.775, 2.0315
     # X X^T is (rows, rows), so transpose tall matrices to make it as small as possible.
@@ -770,7 +770,7 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
 # (report/README.md), so these rates are guesses. For another size, start between its neighbors'
 # rates and compare complete short runs at half and twice the rate.
 DEFAULTS = dict(
-    input_bin="fineweb10B/fineweb_train_*.bin",  # training shards; held-out ones say _val_
+    input_bin="fineweb10B/fineweb_train_*.bin",  # training shards; validation shards: _val_
     sequence_length=1024,     # T, tokens
     total_batch_size=524288,  # tokens per step
     batch_size=0,             # sequences per micro-batch; 0: as many as are useful and fit the GPU
@@ -918,7 +918,7 @@ def train(args, signals=()):
     for step in range(first_step, args.num_iterations + 1):
         last = step == args.num_iterations
 
-        # Evaluate on held-out text. At step 0 the loss should be near ln V.
+        # Evaluate on held-out text. At step 0 the loss should be near ln V (tiny: 5.22).
         if last or (args.val_loss_every > 0 and step % args.val_loss_every == 0):
             with autocast:
                 val_loss = evaluate(model, val_data, args.val_tokens, batch_size)
@@ -959,9 +959,9 @@ def train(args, signals=()):
             loss.backward()
 
         # Gradient clipping: if the norm of all gradients, taken as one vector, exceeds grad_clip,
-        # scale them down to norm grad_clip. The optimizers ignore the scale that all steps share,
-        # but a step with a larger gradient weighs more in the moments: clipping keeps one odd batch
-        # from dominating them for some 20 steps. norm is the norm before clipping.
+        # scale them down to norm grad_clip. A factor common to all steps cancels in the optimizers,
+        # but one step whose gradient is 10 times as large would dominate the moments for some 20
+        # steps. norm is the norm before clipping.
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
 
         lr = get_lr(step, args.num_iterations, args.learning_rate, args.warmup_iters, args.schedule)
@@ -972,7 +972,7 @@ def train(args, signals=()):
             optimizer.zero_grad()
 
         # Python queues kernels and runs ahead of the GPU. .item() waits until the queue is empty,
-        # so the clock measures the whole step. Waiting leaves the GPU idle, so do it once per step.
+        # so the clock measures the whole step. Afterward the GPU idles, so wait only once per step.
         train_loss = train_loss.item()
         # All ranks share the mean loss and the number of signals, so they stop after the same step.
         loss_sum, num_signals = all_sum([train_loss, len(signals)], device)
