@@ -657,6 +657,10 @@ def test_best_and_last(small, monkeypatch, capsys):
     # a resumed run knows what was lowest
     main([*small, "--num_iterations=14", "--resume"])
     assert load("my log/best.pt")["step"] == best["step"]
+    # and where best.pt was left behind, the command names the file that exists
+    os.remove("my log/best.pt")
+    main([*small, "--num_iterations=14", "--resume"])
+    assert capsys.readouterr().out.splitlines()[-1].endswith("'my log/last.pt'")
 
 
 def test_fine_tuning(small):

@@ -1185,8 +1185,7 @@ def require_finite(name, value, folder):
 def write_log(folder, line):
     """Appends a line to main.log, in llm.c's format, such as s:250 tel:6.171
 
-    s is the step, trl the training loss, tel the validation loss. A step that is repeated after a
-    crash is logged again, and the later line counts.
+    s: step, trl: training loss, tel: validation loss. If a step is logged twice, the later counts.
     """
     if this_process()[0] == 0:
         with open(folder / "main.log", "a", encoding="utf-8") as f:
@@ -1282,9 +1281,10 @@ def print_end(args, step, finished, best_val_loss, seconds, tokenizer, device):
                f"    {args.command}{'' if args.resume else ' --resume'}")
         return
     best = Path(args.output_dir, "best.pt")
+    path = best if best.exists() else best.with_name("last.pt")  # a moved run may lack best.pt
     print0(f"done in {seconds:.0f} s. Lowest validation loss {best_val_loss:.4f}: {best}")
     script = "hellaswag.py -m" if tokenizer == "gpt2" else "train_gpt2.py --sample"
-    print0(f"Next:\n    python {script} {shlex.quote(str(best))}")
+    print0(f"Next:\n    python {script} {shlex.quote(str(path))}")
 
 
 def catch_signals():
