@@ -83,8 +83,7 @@ def write_shard(path, tokens, vocab_size):
     tokens = np.asarray(tokens)
     limit = min(vocab_size or VOCAB_SIZE["gpt2"], 2**16)
     if not 0 <= tokens.min() <= tokens.max() < limit:
-        raise ValueError(f"{path}: ids must be from 0 to {limit - 1} (an id has two bytes), and "
-                         f"these are from {tokens.min()} to {tokens.max()}")
+        raise ValueError(f"{path}: ids must be from 0 to {limit - 1}, not up to {tokens.max()}")
     header = np.zeros(HEADER_INTS, "<i4")
     header[:4] = [*MAGIC_AND_VERSION, len(tokens), vocab_size]
     Path(path).write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
@@ -96,10 +95,9 @@ def find_shards(pattern):
     """
     paths = sorted(glob.glob(str(pattern)))
     if not paths:
-        sys.exit(f"error: no file matches {pattern} in {os.getcwd()}: training needs "
-                 "NAME_train_*.bin and NAME_val_*.bin; `python fineweb.py` downloads FineWeb's")
+        sys.exit(f"error: no {pattern} in {os.getcwd()}; `python fineweb.py` downloads FineWeb's")
     lengths = []
-    vocab_sizes = []
+    vocab_sizes = set()
     for path in paths:
         header = np.fromfile(path, "<i4", HEADER_INTS)
         # An interrupted download or copy is shorter than its header says.
@@ -107,11 +105,10 @@ def find_shards(pattern):
         if not is_shard or os.path.getsize(path) != header.nbytes + 2 * int(header[2]):
             sys.exit(f"error: {path} is not a complete shard: delete it and run fineweb.py again")
         lengths.append(int(header[2]))
-        vocab_sizes.append(int(header[3]) or VOCAB_SIZE["gpt2"])
-        if vocab_sizes[-1] != vocab_sizes[0]:
-            sys.exit(f"error: {paths[0]} has a vocabulary of {vocab_sizes[0]} ids, and {path} has "
-                     f"{vocab_sizes[-1]}: all shards of a run need the same tokenizer")
-    return paths, lengths, vocab_sizes[0]
+        vocab_sizes.add(int(header[3]) or VOCAB_SIZE["gpt2"])
+    if len(vocab_sizes) > 1:
+        sys.exit(f"error: {pattern}: make all shards with one tokenizer, not {vocab_sizes} ids")
+    return paths, lengths, vocab_sizes.pop()
 
 
 def read_tokens(path, start=0, count=-1):
@@ -136,8 +133,7 @@ def write_shards(folder, name, chunks, vocabulary, first=1):
         """Moves up to SHARD_TOKENS tokens from the buffer to a file."""
         temporary.mkdir(parents=True, exist_ok=True)
         # Number 0 is always for validation.
-        number = numbers[split]
-        path = temporary / f"{name}_{split if number else 'val'}_{number:06d}.bin"
+        path = temporary / f"{name}_{split if numbers[split] else 'val'}_{numbers[split]:06d}.bin"
         write_shard(path, buffers[split][:SHARD_TOKENS], VOCAB_SIZE[vocabulary])
         print(f"wrote {path}")
         del buffers[split][:SHARD_TOKENS]
@@ -150,8 +146,7 @@ def write_shards(folder, name, chunks, vocabulary, first=1):
             write_next(split)
     # A sequence of the smallest model has 128 tokens, plus the target of the last one.
     if numbers["train"] <= 1 and len(buffers["train"]) < 129:
-        sys.exit(f"error: too little text: {len(buffers['train'])} tokens are left for training "
-                 f"after holding out {len(buffers['val'])}, and it needs 129")
+        sys.exit(f"error: too little text: {len(buffers['train'])} training tokens, 129 are needed")
     for split in buffers:
         if len(buffers[split]):
             write_next(split)
@@ -205,15 +200,14 @@ def read_file(path):
 
 
 def read_files(paths):
-    """Yields the nonempty documents of several files. Skips files that are not text. If a file is
-    damaged, ends the program with one line that names it."""
+    """Yields the documents of several files. Skips files that are not text. If a file is damaged,
+    ends the program with one line that names it."""
     for path in paths:
         count = 0
         try:
             for text in read_file(path):
                 count += 1
-                if text:
-                    yield text
+                yield text or ""  # a .parquet table may have an entry without text
         except UnicodeError as error:
             print(f"{path} is not text in UTF-8, skipped after document {count}: {error}")
         # The decoders and pyarrow raise many types of errors for a damaged file.
@@ -282,8 +276,7 @@ def gpt2_tokenizer():
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError:
-        raise OSError("GPT-2's vocabulary cannot be downloaded: go online once, or set "
-                      "TIKTOKEN_CACHE_DIR to a folder that contains it") from None
+        raise OSError("no GPT-2 vocabulary here: go online, or set TIKTOKEN_CACHE_DIR") from None
 
 
 def tokenize(chunks, vocabulary):
@@ -317,8 +310,7 @@ def download(repo, patterns, folder):
                           local_dir=folder)
     except Exception as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        sys.exit(f"error: {repo}: {reason} (check the network, the disk, HF_ENDPOINT, and "
-                 "HF_TOKEN; then run the same command again: complete files are kept)")
+        sys.exit(f"error: {repo}: {reason} (check the network, HF_ENDPOINT, HF_TOKEN; try again)")
 
 
 def raw_chunks(repo, version, folder, shards):
@@ -342,8 +334,6 @@ def print_next_command(folder, name):
     pattern = f"{glob.escape(str(folder))}/{name}_train_*.bin"
     _, lengths, vocab_size = find_shards(pattern)
     tokens = sum(lengths)
-    print(f"{folder}: {tokens:,} training tokens")
-
     # Repeating a text up to 4 times is nearly as good as new text, and more helps little
     # (https://arxiv.org/abs/2305.16264). FineWeb has enough new text.
     budget = tokens * (4 if name == "text" else 1)
@@ -357,7 +347,8 @@ def print_next_command(folder, name):
     # A model hardly learns in fewer than 300 steps, so a small text gets smaller batches.
     while step > 128 and budget < 300 * step:
         step //= 2
-    print(f"Next:\n    python train_gpt2.py --model {model} --input_bin {shlex.quote(pattern)} "
+    print(f"{folder}: {tokens:,} training tokens. Next:\n"
+          f"    python train_gpt2.py --model {model} --input_bin {shlex.quote(pattern)} "
           f"--total_batch_size {step} --num_iterations {min(max_steps, budget // step)} "
           f"--output_dir {shlex.quote(f'log_{folder.name}')}")
 
@@ -393,7 +384,6 @@ def main(argv):
         except OSError as error:
             if not pretokenized:
                 sys.exit(f"error: {error}")
-            print(f"NOTE: training will print no samples: {error}")
 
     if pretokenized:
         # Shard 0 is for validation.

@@ -279,9 +279,9 @@ def main(argv):
     args = parser.parse_args(argv)
 
     questions = load_questions(args.data, args.harness)[:args.limit]
-    model, tokenizer = load_model(args.model, pick_device(args.device))
+    model = load_model(args.model, pick_device(args.device))
     try:
-        encode, _ = load_tokenizer(tokenizer)
+        encode, _ = load_tokenizer(model.config.vocab_size)
     except OSError as e:  # no network to download GPT-2's vocabulary
         sys.exit(f"error: {e}")
     endings = []

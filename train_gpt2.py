@@ -47,7 +47,6 @@ wte and c_proj are GPT-2's own, and flags are named as in llm.c, GPT-2 training 
 
 import argparse
 import contextlib
-import datetime
 import math
 import os
 import shlex
@@ -160,7 +159,7 @@ def make_norm(config):
 # are unfamiliar to the model, so don't expect it to extrapolate to longer sequences.
 
 def rope_tables(T, D, base=10000.0):
-    """cos and sin of every angle, each (T, D/2).
+    """cos and sin of every angle, each (T, 1, D/2): the angle is the same for every head.
 
     Pair i of a head's D channels is (i, i + D/2). At position t it is rotated by
     t * base^(-2i/D) radians. The first, high-frequency pairs tell neighbors apart, and the middle
@@ -168,7 +167,7 @@ def rope_tables(T, D, base=10000.0):
     positions, so it says next to nothing about position.
     """
     frequency = base ** (-torch.arange(0, D, 2).float() / D)  # (D/2,), radians per position
-    angle = torch.outer(torch.arange(T).float(), frequency)  # (T, D/2)
+    angle = torch.outer(torch.arange(T).float(), frequency).unsqueeze(1)  # (T, 1, D/2)
     return angle.cos(), angle.sin()
 
 
@@ -176,15 +175,11 @@ def apply_rope(x, cos, sin):
     """Rotates each channel pair of x, queries or keys (B, T, heads, D), by its position's angle.
 
         | cos  -sin |   | first  |
-        | sin   cos | · | second |      cos and sin are (T, D/2)
+        | sin   cos | · | second |      cos and sin are (T, 1, D/2), from rope_tables()
     """
-    # (T, 1, D/2): the angle depends on the position (dimension 1 of x), not on the head
-    cos = cos.unsqueeze(1)
-    sin = sin.unsqueeze(1)
     first, second = x.chunk(2, dim=-1)  # (B, T, heads, D/2) each
-    rotated = torch.cat((cos * first - sin * second, sin * first + cos * second), dim=-1)
     # the tables are fp32, so the products are fp32 as well; cast back to x's dtype
-    return rotated.to(x.dtype)
+    return torch.cat((cos * first - sin * second, sin * first + cos * second), dim=-1).to(x.dtype)
 
 
 def causal_attention(q, k, v):
@@ -197,8 +192,8 @@ def causal_attention(q, k, v):
         k = k.repeat_interleave(n_head // k.size(1), dim=1)     # one per query head:
         v = v.repeat_interleave(n_head // v.size(1), dim=1)     # (B, n_head, T, D)
         scores = q @ k.transpose(2, 3) / math.sqrt(D)           # (B, n_head, T, T)
-        future = torch.ones(T, T).triu(1).bool()                # row t, column u: True where u > t
-        scores = scores.masked_fill(future, -math.inf)          # the causal mask
+        mask = torch.ones(T, T).tril().bool()                   # row t, column u: True where u <= t
+        scores = scores.masked_fill(~mask, -math.inf)           # the causal mask
         weights = F.softmax(scores, dim=-1)                     # each row sums to 1
         return weights @ v                                      # weighted averages of the values
 
@@ -242,8 +237,6 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
-        self.n_kv_head = config.n_kv_head
         self.head_dim = config.n_embd // config.n_head
         kv_dim = config.n_kv_head * self.head_dim
         self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -255,12 +248,12 @@ class CausalSelfAttention(nn.Module):
         self.k_norm = norm(self.head_dim)
 
     def forward(self, x, rope):
-        """x (B, T, C) -> (B, T, C). rope is (cos, sin), each (T, D/2), or None."""
+        """x (B, T, C) -> (B, T, C). rope is (cos, sin), each (T, 1, D/2), or None."""
         B, T, C = x.shape
-        # view: split the C channels of a position into heads of D channels
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
-        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
-        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
+        # view: split the channels of a position into heads of D channels; -1: as many as there are
+        q = self.c_q(x).view(B, T, -1, self.head_dim)  # (B, T, n_head, D)
+        k = self.c_k(x).view(B, T, -1, self.head_dim)  # (B, T, n_kv_head, D)
+        v = self.c_v(x).view(B, T, -1, self.head_dim)  # (B, T, n_kv_head, D)
         # QK-norm (https://arxiv.org/abs/2302.05442) scales every q and k to length sqrt(D) while
         # its gains are near 1. q · k is then at most D, and no score exceeds D / sqrt(D), however
         # large c_q and c_k grow at a high learning rate. QK-norm precedes RoPE because its gains
@@ -511,20 +504,15 @@ class TokenLoader:
 
     def batch(self, first, count, device):
         """Sequences first ... first + count - 1 of the run: x and y, (count, T) int64 on device."""
-        tokens = np.empty((count, self.T + 1), np.int64)
+        # pinned memory cannot be swapped out, so a GPU copies from it while the CPU moves on
+        pinned = "cuda" in str(device)
+        tokens = torch.empty((count, self.T + 1), dtype=torch.int64, pin_memory=pinned)
         for i in range(count):
             shard, row = self.locate(first + i)
             # reads only these T + 1 tokens from the disk
-            tokens[i] = fineweb.read_tokens(self.paths[shard], row * self.T, self.T + 1)
-            if tokens[i].max() >= self.vocab_size:
-                # a GPU's own error message would not name the cause
-                sys.exit(f"error: {self.paths[shard]} contains id {tokens[i].max()}, but its "
-                         f"vocabulary has {self.vocab_size}: make it again with fineweb.py")
-        tokens = torch.from_numpy(tokens)
-        if "cuda" in str(device):
-            # pinned memory cannot be swapped out, so the GPU copies from it while the CPU moves on
-            tokens = tokens.pin_memory().to(device, non_blocking=True)
-        tokens = tokens.to(device)
+            chunk = fineweb.read_tokens(self.paths[shard], row * self.T, self.T + 1)
+            tokens[i] = torch.from_numpy(chunk)
+        tokens = tokens.to(device, non_blocking=pinned)
         # contiguous() copies: shifted views of one tensor gave wrong results on Apple GPUs
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -550,8 +538,7 @@ def evaluate(model, data, num_tokens, batch_size=16):
         count = min(batch_size, end - first)
         x, y = data.batch(first, count, device)
         loss_sum += model(x, y).item() * count
-    [total] = all_sum([loss_sum], device)  # the sum over all processes
-    return total / num_sequences
+    return all_sum([loss_sum], device)[0] / num_sequences  # all_sum: over all processes
 
 
 # -------------------------------------------------------------------------------------------------
@@ -637,8 +624,10 @@ def orthogonalize(matrices):
 class Muon(torch.optim.Optimizer):
     """Muon for the blocks' matrices. Its author recommends AdamW for embeddings and the head.
 
-    dtype is the precision of the matmuls: bf16 is precise enough, but slow without native support.
-    torch.optim.Muon loops over the matrices and takes 1.6 times as long for tiny on 2 CPU cores.
+    Each group in params holds the matrices of one shape, stacked for one batched matmul, which is
+    faster than many small ones: torch.optim.Muon loops over the matrices and takes 1.6 times as
+    long for tiny on 2 CPU cores. dtype is the precision of the matmuls: bf16 is precise enough, but
+    slow without native support.
     """
 
     def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
@@ -648,33 +637,23 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            # One batched matmul is faster than many small ones, so stack matrices of one shape.
-            same_shape = {}
+            momentum = group["momentum"]
+            updates = []
             for p in group["params"]:
-                if p.grad is not None:
-                    same_shape.setdefault(p.shape, []).append(p)
-            for params in same_shape.values():
-                self.update(params, group)
-
-    def update(self, params, group):
-        """One step for some matrices of the same shape, (rows, cols) each."""
-        momentum = group["momentum"]
-        updates = []
-        for p in params:
-            if p not in self.state:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            m = self.state[p]["momentum_buffer"]
-            # a.lerp(b, w) is (1 - w) a + w b, so this is m = 0.95 m + 0.05 g
-            m.lerp_(p.grad, 1 - momentum)
-            # Nesterov: 0.95 m + 0.05 g, with the new m
-            updates.append(p.grad.lerp(m, momentum).to(self.dtype))
-        orthogonal = orthogonalize(torch.stack(updates))  # (n, rows, cols)
-        # U V^T's rows (columns, if tall) have length 1, so its RMS is 1 / sqrt(max(rows, cols)).
-        orthogonal = orthogonal * (0.2 * math.sqrt(max(params[0].shape)))
-        for p, u in zip(params, orthogonal, strict=True):
-            # weight decay as in AdamW, then the step
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_(u, alpha=group["lr"])
+                if p not in self.state:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                m = self.state[p]["momentum_buffer"]
+                # a.lerp(b, w) is (1 - w) a + w b, so this is m = 0.95 m + 0.05 g
+                m.lerp_(p.grad, 1 - momentum)
+                # Nesterov: 0.95 m + 0.05 g, with the new m
+                updates.append(p.grad.lerp(m, momentum).to(self.dtype))
+            orthogonal = orthogonalize(torch.stack(updates))  # (n, rows, cols)
+            # U V^T's rows (columns, if tall) have length 1, so its RMS is 1 / sqrt(max(rows, cols))
+            orthogonal = orthogonal * (0.2 * math.sqrt(max(p.shape)))
+            for p, u in zip(group["params"], orthogonal, strict=True):
+                # weight decay as in AdamW, then the step
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(u, alpha=group["lr"])
 
 
 def make_optimizers(model, optimizer="muon", learning_rate=4e-3, weight_decay=0.1,
@@ -685,7 +664,7 @@ def make_optimizers(model, optimizer="muon", learning_rate=4e-3, weight_decay=0.
     Memory per parameter: 4 bytes, 4 for its gradient, and 8 for AdamW's two moments or 4 for Muon's
     one (the optimizer state). d24's 330M parameters take 4.2 GB in all.
     """
-    matrices = []
+    matrices = {}  # by shape
     decayed = []
     vectors = []
     for name, p in model.named_parameters():
@@ -694,7 +673,7 @@ def make_optimizers(model, optimizer="muon", learning_rate=4e-3, weight_decay=0.
         if p.dim() < 2:
             vectors.append(p)
         elif optimizer == "muon" and name.startswith("transformer.h.") and p.dim() == 2:
-            matrices.append(p)
+            matrices.setdefault(p.shape, []).append(p)
         else:
             decayed.append(p)
     groups = [
@@ -708,7 +687,8 @@ def make_optimizers(model, optimizer="muon", learning_rate=4e-3, weight_decay=0.
     if optimizer == "adamw":
         return [adamw]
     if optimizer == "muon":
-        return [adamw, Muon(matrices, learning_rate, weight_decay, getattr(torch, dtype))]
+        groups = [{"params": params} for params in matrices.values()]
+        return [adamw, Muon(groups, learning_rate, weight_decay, getattr(torch, dtype))]
     raise ValueError(f"optimizer must be muon or adamw: {optimizer}")
 
 
@@ -734,9 +714,7 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
         --recipe today      (wsd)        2.4e-4    1.3e-3    1.6e-3    1.8e-7
         --recipe original   (cosine)     1.2e-4    3.1e-4    6.5e-4    1.2e-4
     """
-    warmup = 1.0
-    if step < warmup_iters:
-        warmup = 0.1 + 0.9 * step / warmup_iters
+    warmup = 0.1 + 0.9 * step / warmup_iters if step < warmup_iters else 1.0
     if schedule == "cosine":
         progress = (step - warmup_iters) / max(1, num_iterations - warmup_iters)  # from 0 to 1
         decay = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * max(0.0, progress)))
@@ -844,27 +822,25 @@ ORIGINAL = dict(optimizer="adamw", schedule="cosine", warmup_iters=715, qk_norm=
 # apart, so large updates would be rounded coarsely and small ones mostly lost.
 
 def train(args, signals=()):
-    """Trains a model with args, from parse_args(). Returns whether the run was stopped early.
+    """Trains a model with args, from parse_args().
 
     signals: a list to which Ctrl-C and SIGTERM append; the run stops once it is not empty.
     """
     start_time = time.time()
     folder = Path(args.output_dir)
     if folder.exists() and not args.resume:
-        sys.exit(f"error: {folder} exists: add --resume to continue its run, choose another "
-                 f"--output_dir, or delete it")
+        sys.exit(f"error: {folder} exists: add --resume, choose another --output_dir, or delete it")
 
     # ---- Join the other processes. torchrun starts one per GPU, all running this file, and assigns
     # each a rank from 0 to world_size - 1. Without torchrun there is one process, rank 0.
-    rank, world_size, device = start_process(args.device)
+    device = start_process(args.device)
+    rank, world_size = this_process()
     # `with autocast:` turns on mixed precision
     dtype = args.dtype or pick_dtype(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
     # ---- Open the data: one loader for training and one for held-out text.
-    T = args.sequence_length
     train_data, val_data = open_data(args)
-    tokenizer = tokenizer_name(train_data.vocab_size)  # "bytes" or "gpt2"
 
     # ---- Build the model and its optimizers. Resuming restores both, and the step, from last.pt.
     # All ranks use the same seed, so they start with the same weights.
@@ -881,7 +857,7 @@ def train(args, signals=()):
     # up. At 16 sequences each, one GPU runs 32 micro-batches (grad_accum_steps); two run 16 each.
     compiled = device.type == "cuda" if args.compile is None else args.compile
     batch_size = pick_batch_size(args, model, device, dtype, compiled, world_size)
-    sequences_per_rank = args.total_batch_size // (T * world_size)
+    sequences_per_rank = args.total_batch_size // (args.sequence_length * world_size)
     grad_accum_steps = sequences_per_rank // batch_size
 
     # ---- torch.compile turns the model's Python into fused kernels, each doing several operations,
@@ -893,9 +869,7 @@ def train(args, signals=()):
     # ---- DDP, distributed data parallel, runs a copy of the model on each GPU's share of a batch.
     # During backward() the gradients are all-reduced: every rank gets their mean over all ranks, so
     # every copy takes the same step. The result matches one GPU's up to rounding.
-    ddp_model = model
-    if world_size > 1:
-        ddp_model = nn.parallel.DistributedDataParallel(model)
+    ddp_model = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
 
     # ---- Create the run's folder. mkdir() fails if another run has created it in the meantime.
     if rank == 0:
@@ -906,12 +880,11 @@ def train(args, signals=()):
     def save(name, steps):
         """Saves a checkpoint of the model after this many steps."""
         state = {"config": asdict(model.config), "model": model.state_dict(), "step": steps,
-                 "tokenizer": tokenizer, "val_loss": val_loss}
+                 "val_loss": val_loss, "best_val_loss": best_val_loss, "args": vars(args),
+                 "num_sequences": train_data.total}
         if name == "last.pt":
-            # what resuming needs; the position in the data follows from the step
+            # resuming also needs the moments; the position in the data follows from the step
             state["optimizer"] = [optimizer.state_dict() for optimizer in optimizers]
-            state |= {"best_val_loss": best_val_loss, "args": vars(args),
-                      "num_sequences": train_data.total}
         save_checkpoint(folder / name, state)
 
     # ---- The training loop. One extra iteration evaluates the final weights.
@@ -932,7 +905,7 @@ def train(args, signals=()):
                 save("best.pt", step)
             save("last.pt", step)
             # read what it generates: no loss tells you that it only repeats itself
-            print_sample(model, tokenizer, args, step)
+            print_sample(model, args, step)
         if last:
             break
 
@@ -973,14 +946,12 @@ def train(args, signals=()):
 
         # Python queues kernels and runs ahead of the GPU. .item() waits until the queue is empty,
         # so the clock measures the whole step. Afterward the GPU idles, so wait only once per step.
-        train_loss = train_loss.item()
         # All ranks share the mean loss and the number of signals, so they stop after the same step.
-        loss_sum, num_signals = all_sum([train_loss, len(signals)], device)
+        loss_sum, num_signals = all_sum([train_loss.item(), len(signals)], device)
         train_loss = loss_sum / world_size
         seconds = time.time() - t0
         # NaN would stay in the weights forever, so end the run before they are saved.
-        require_finite(f"loss at step {step}", train_loss, folder)
-        require_finite(f"gradient norm at step {step}", norm, folder)
+        require_finite(f"loss or gradient norm at step {step}", train_loss + norm, folder)
 
         write_log(folder, f"s:{step} trl:{train_loss:.8g} lr:{lr:.8g} norm:{norm:.8g} "
                           f"ms:{1000 * seconds:.8g}")
@@ -992,8 +963,7 @@ def train(args, signals=()):
             save("last.pt", step + 1)
             break
 
-    print_end(args, step, last, best_val_loss, time.time() - start_time, tokenizer, device)
-    return not last
+    print_end(args, step, last, best_val_loss, time.time() - start_time, device)
 
 
 # =================================================================================================
@@ -1002,46 +972,52 @@ def train(args, signals=()):
 # Where to change what:
 #     the model                  a field of GPTConfig, which becomes a flag. Old checkpoints get its
 #                                default, so make the default the old behavior
+#     an attention mask          build it in GPT.forward(), (B, 1, T, T), True where a position may
+#                                attend; pass it down beside rope; use it instead of is_causal. A
+#                                mask that leaks only lowers the loss, so test that a change to
+#                                hidden tokens changes no logit
+#     an auxiliary loss          return it from Block beside x, and add it in GPT.forward() if
+#                                self.training, so that validation losses stay comparable
 #     training                   a flag in parse_args()
-#     the optimizer              make_optimizers(); self.state[p] is saved and restored
+#     frozen weights             requires_grad_(False) in make_model()
+#     a growing batch            compute sequences_per_rank and grad_accum_steps in the loop, whose
+#                                `first` then needs a count of sequences: add to it before a stop
+#                                saves, save it, and restore it in load_run()
+#     the optimizer              make_optimizers(); self.state[p] is saved and restored. Keep the
+#                                matrices of routers and of LoRA out of Muon
 #     one group's learning rate  make_optimizers(), and the loop where it sets group["lr"]
-#     an average of the weights  evaluate() and save() it in the loop, restore it in load_run()
+#     an average of the weights  copy.deepcopy(model) before it is compiled. In the loop, average
+#                                parameters() (state_dict() lists the tied matrix twice), and
+#                                evaluate() and save() the copy; restore it in load_run()
 #     dropout                    seed it with the step, or a resumed run differs
-#     a tokenizer                fineweb.VOCAB_SIZE and load_tokenizer()
+#     a tokenizer                load_tokenizer()
 
 # -------------------------------------------------------------------------------------------------
 # 7. The machine
 
-def pick_device(name=None, local_rank=0):
-    """The torch.device to use: the named one, or else the first available of cuda, mps, and cpu."""
-    if name is None:
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-
-
-def start_process(device_name):
-    """Joins torchrun's other processes, if any. Returns this one's rank, world_size, and device."""
-    rank, local_rank, world_size = 0, 0, 1
-    if dist.is_torchelastic_launched():
-        names = "RANK", "LOCAL_RANK", "WORLD_SIZE"
-        rank, local_rank, world_size = (int(os.environ[name]) for name in names)
-    device = pick_device(device_name, local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world_size > 1:
-        # NCCL connects GPUs; gloo connects CPUs. Ranks wait up to an hour for a slow one, because
-        # rank 0 may be writing a large checkpoint to a slow disk.
-        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=1), device_id=device_id)
-    return rank, world_size, device
+def pick_device(name=None):
+    """The torch.device with this name, or else the machine's GPU (cuda or mps), or else its CPU."""
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device(name or gpu or "cpu")
 
 
 def this_process():
-    """This process's rank and world_size: 0 and 1, unless torchrun started several."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    """This process's rank and world_size, which torchrun sets: 0 and 1 without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_process(device_name):
+    """Joins torchrun's other processes, if there are any. Returns this process's device."""
+    device = pick_device(device_name)
+    if device.type == "cuda":
+        # on a machine with several GPUs, the local rank is the number of this process's GPU
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if this_process()[1] > 1:
+        # NCCL connects GPUs; gloo connects CPUs
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, device_id=device_id)
+    return device
 
 
 def print0(text):
@@ -1067,19 +1043,16 @@ def require_same(value):
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
         if any(other != value for other in values):
-            sys.exit(f"error: ranks differ: {values}: every machine needs the same flags, the same "
-                     f"shards, and the same last.pt in --output_dir")
+            sys.exit(f"error: ranks differ: {values}: give all machines the same flags and files")
 
 
 def pick_dtype(device):
     """The string "bfloat16" if the hardware has instructions for it, else "float32"."""
-    native = False
+    # what Intel, AMD, and ARM call these instructions
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    native = any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        # what Intel, AMD, and ARM call these instructions
-        able = torch.cpu.get_capabilities()
-        native = any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
     return "bfloat16" if native else "float32"
 
 
@@ -1089,25 +1062,22 @@ def pick_batch_size(args, model, device, dtype, compiled, world_size):
     if args.total_batch_size % unit:
         sys.exit(f"error: --total_batch_size {args.total_batch_size} must be a multiple of {unit}, "
                  f"which is --batch_size x --sequence_length x processes")
-    if args.batch_size:
-        return args.batch_size
     tokens = 4096  # enough to keep a CPU busy
     if device.type == "cuda":
         # Bytes in use at the peak of a step: about 20 per parameter (weight, gradient, optimizer
-        # state, bf16 copy, DDP's buffer). The factors per channel and per logit were fitted to d12
-        # to d48 with PyTorch's allocator on a mock CUDA driver, not on a GPU.
+        # state, bf16 copy, DDP's buffer). The 35 per channel and 2.2 per logit were fitted to d12
+        # to d48 with PyTorch's allocator on a mock CUDA driver, not on a GPU. Without torch.compile
+        # a token takes up to three times as much, and in fp32 twice as much.
         c = model.config
         num_params = sum(p.numel() for p in model.parameters())
-        per_channel, per_logit = (35, 2.2) if compiled else (61, 12.3)
-        per_token = per_channel * c.n_layer * c.n_embd + per_logit * c.vocab_size
-        if dtype == "float32":
-            per_token *= 2
+        per_token = 35 * c.n_layer * c.n_embd + 2.2 * c.vocab_size
+        per_token *= (1 if compiled else 3) * (2 if dtype == "float32" else 1)
         # Leave a tenth free, and half a gigabyte for CUDA. A roofline model (time bounded by FLOP/s
         # or bandwidth) predicts that more than 32,768 tokens would save about 1% of d12's time.
         memory = torch.cuda.get_device_properties(device).total_memory
         tokens = min((0.9 * memory - 0.5e9 - 20 * num_params) / per_token, 32768)
-    fitting = max(1, tokens // args.sequence_length)
-    share = args.total_batch_size // unit
+    fitting = args.batch_size or max(1, tokens // args.sequence_length)
+    share = args.total_batch_size // (args.sequence_length * world_size)
     return max(n for n in range(1, share + 1) if share % n == 0 and n <= fitting)
 
 
@@ -1140,26 +1110,16 @@ def open_data(args):
     T = args.sequence_length
     train_data = TokenLoader(pattern, T, args.seed)
     val_data = TokenLoader(f"{pattern.rpartition('_train_')[0]}_val_*.bin", T)
-    for data, needed in (train_data, args.total_batch_size // T), (val_data, 1):
-        if data.total < needed:
-            sys.exit(f"error: {data.paths[0]}: {data.total} sequences of {T} tokens, but {needed} "
-                     f"are needed: reduce --total_batch_size or --sequence_length, or add text")
-        if data.vocab_size != train_data.vocab_size:
-            sys.exit(f"error: {data.paths[0]} has {data.vocab_size} ids, and the training shards "
-                     f"have {train_data.vocab_size}: make both with the same tokenizer")
+    if train_data.total * T < args.total_batch_size or val_data.total == 0:
+        sys.exit(f"error: {pattern}: {train_data.total} training and {val_data.total} validation "
+                 f"sequences are too few: reduce --total_batch_size or --sequence_length")
     return train_data, val_data
 
 
 def make_model(args, vocab_size, device):
     """The GPT that the flags ask for, with random weights or those of --init_from."""
-    config = {f.name: getattr(args, f.name) for f in fields(GPTConfig) if f.name in args}
-    config |= {"block_size": args.sequence_length, "vocab_size": vocab_size}
-    if args.init_from:
-        checkpoint = load_checkpoint(args.init_from)
-        config["block_size"] = checkpoint["config"]["block_size"]
-        if checkpoint["config"]["vocab_size"] != vocab_size:
-            sys.exit(f"error: {args.init_from} and the shards ({vocab_size} ids) have "
-                     f"different vocabularies: make shards with its tokenizer")
+    config = {"block_size": args.sequence_length, "vocab_size": vocab_size}
+    config |= {f.name: getattr(args, f.name) for f in fields(GPTConfig) if f.name in args}
     torch.manual_seed(args.seed)
     try:
         # `with device:` creates the weights on the device; a CPU is slow at a billion of them
@@ -1168,7 +1128,7 @@ def make_model(args, vocab_size, device):
     except ValueError as e:
         sys.exit(f"error: {e}")
     if args.init_from:
-        model.load_state_dict(checkpoint["model"])
+        model.load_state_dict(load_checkpoint(args.init_from)["model"])
     return model
 
 
@@ -1211,38 +1171,31 @@ def load_checkpoint(path):
         # weights_only: a checkpoint is data and may come from anybody; never run code from it
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises a dozen types and does not name the file
-        reason = f"{type(e).__name__}: {e}".splitlines()[0]
-        sys.exit(f"error: {path} cannot be read as a checkpoint: {reason}")
+        sys.exit(f"error: {path} cannot be read as a checkpoint ({type(e).__name__})")
 
 
 def load_run(args, model, optimizers, train_data):
     """Restores last.pt. Returns its step, and its last and its lowest validation loss."""
     path = Path(args.output_dir, "last.pt")
     checkpoint = load_checkpoint(path)
-    stored = checkpoint["args"]
-    differ = {name: value for name, value in vars(args).items() if value != stored.get(name)}
-    # Settings come from the new command, but the position in the data depends on two of them, ...
-    fixed = [name for name in ("total_batch_size", "seed") if name in differ]
-    # ... and the weights and moments fit only the same model and groups of parameters
-    if checkpoint["config"] != asdict(model.config):
-        fixed.append("model")
-    sizes = [len(g["params"]) for optimizer in optimizers for g in optimizer.param_groups]
-    if sizes != [len(g["params"]) for o in checkpoint["optimizer"] for g in o["param_groups"]]:
-        fixed.append("optimizer")
+    # a field that was added to GPTConfig since then gets its default
+    config = asdict(GPTConfig(**checkpoint["config"]))
+    before = checkpoint["args"] | {"config": config, "num_sequences": checkpoint["num_sequences"]}
+    now = vars(args) | {"config": asdict(model.config), "num_sequences": train_data.total}
+    differ = [name for name in now if now[name] != before.get(name)]
+    # The position in the data depends on the first three, and the optimizer state on the others.
+    fixed = "num_sequences", "total_batch_size", "seed", "config", "optimizer", "weight_decay"
+    fixed = [name for name in fixed if name in differ]
     if checkpoint["step"] > args.num_iterations:
         fixed.append("num_iterations")
     if fixed:
-        sys.exit(f"error: {path} needs the {', '.join(fixed)} it began with: {stored['command']}")
-    notes = [f"--{name} {value} (was {stored.get(name)})" for name, value in differ.items()
-             if name not in ("command", "resume", "output_dir")]
-    if checkpoint.get("num_sequences") != train_data.total:
-        notes.append("the training data (some of it will be read twice, and some not at all)")
-    if notes:
-        print0(f"NOTE: changed since the last command: {', '.join(notes)}")
+        sys.exit(f"error: {path} needs the {', '.join(fixed)} it began with: {before['command']}")
+    for name in differ:
+        if name not in ("command", "resume", "output_dir"):
+            print0(f"NOTE: --{name} {now[name]}, which was {before.get(name)}")
     model.load_state_dict(checkpoint["model"])
-    for optimizer, before in zip(optimizers, checkpoint["optimizer"], strict=True):
-        # only the moments: settings such as weight decay come from the flags
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": before["state"]})
+    for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
+        optimizer.load_state_dict(state)
     return checkpoint["step"], checkpoint["val_loss"], checkpoint["best_val_loss"]
 
 
@@ -1272,7 +1225,7 @@ def print_step(args, step, loss, lr, norm, seconds, model, world_size):
            f"{tflops:.3g} TFLOP/s | {minutes_left:.1f} min left")
 
 
-def print_end(args, step, finished, best_val_loss, seconds, tokenizer, device):
+def print_end(args, step, finished, best_val_loss, seconds, device):
     """Prints how the run ended and what to type next."""
     if device.type == "cuda":
         print0(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
@@ -1281,10 +1234,8 @@ def print_end(args, step, finished, best_val_loss, seconds, tokenizer, device):
                f"    {args.command}{'' if args.resume else ' --resume'}")
         return
     best = Path(args.output_dir, "best.pt")
-    path = best if best.exists() else best.with_name("last.pt")  # a moved run may lack best.pt
-    print0(f"done in {seconds:.0f} s. Lowest validation loss {best_val_loss:.4f}: {best}")
-    script = "hellaswag.py -m" if tokenizer == "gpt2" else "train_gpt2.py --sample"
-    print0(f"Next:\n    python {script} {shlex.quote(str(path))}")
+    print0(f"done in {seconds:.0f} s. Lowest validation loss {best_val_loss:.4f}: {best}\n"
+           f"Next:\n    python train_gpt2.py --sample {shlex.quote(str(best))}")
 
 
 def catch_signals():
@@ -1308,28 +1259,24 @@ def catch_signals():
 # 9. A trained model
 
 def load_model(path, device):
-    """A checkpoint's model in eval mode, and the name of its tokenizer."""
+    """A checkpoint's model, in eval mode."""
     checkpoint = load_checkpoint(path)
     model = GPT(GPTConfig(**checkpoint["config"])).to(device)
     model.load_state_dict(checkpoint["model"])
-    return model.eval(), checkpoint["tokenizer"]
+    return model.eval()
 
 
-def tokenizer_name(vocab_size):
-    """The tokenizer's name, from its vocabulary size, all that a shard records about it."""
-    for name, size in fineweb.VOCAB_SIZE.items():
-        if size == vocab_size:
-            return name
-    sys.exit(f"error: the shards have a vocabulary of {vocab_size} ids, and no tokenizer has that "
-             f"many: add yours to fineweb.VOCAB_SIZE and to load_tokenizer() in train_gpt2.py")
+def load_tokenizer(vocab_size):
+    """Returns encode: text -> list of ids, and decode: list of ids -> text.
 
-
-def load_tokenizer(name):
-    """Returns encode: text -> list of ids, and decode: list of ids -> text."""
-    if name == "bytes":
+    Shards and checkpoints record only the size of their vocabulary, so it identifies the tokenizer.
+    """
+    if vocab_size == fineweb.VOCAB_SIZE["bytes"]:
         return lambda text: list(text.encode()), lambda ids: bytes(ids).decode(errors="replace")
-    bpe = fineweb.gpt2_tokenizer()
-    return bpe.encode_ordinary, bpe.decode
+    if vocab_size == fineweb.VOCAB_SIZE["gpt2"]:
+        bpe = fineweb.gpt2_tokenizer()
+        return bpe.encode_ordinary, bpe.decode
+    raise NotImplementedError(f"load_tokenizer() knows no tokenizer with {vocab_size} ids: add it")
 
 
 @torch.no_grad()
@@ -1355,9 +1302,9 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=50, generator=No
         x = torch.cat((x, token), dim=1)
 
 
-def sample(model, tokenizer, prompt="", seed=0, max_new_tokens=200, **options):
-    """The prompt and its continuation, as text. tokenizer: its name; options: see generate()."""
-    encode, decode = load_tokenizer(tokenizer)
+def sample(model, prompt="", seed=0, max_new_tokens=200, **options):
+    """The prompt and its continuation, as text. options: see generate()."""
+    encode, decode = load_tokenizer(model.config.vocab_size)
     # in training every document begins with <|endoftext|>, so the prompt does as well
     ids = [model.config.vocab_size - 1, *encode(prompt)]
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
@@ -1365,16 +1312,15 @@ def sample(model, tokenizer, prompt="", seed=0, max_new_tokens=200, **options):
     return prompt + decode(list(new_ids))
 
 
-def print_sample(model, tokenizer, args, step):
-    """Prints a sample during training, from rank 0."""
-    if this_process()[0] == 0:
-        try:
-            # not compiled: torch.compile would recompile for every length
-            with torch.compiler.set_stance("force_eager"):
-                text = sample(model, tokenizer, args.prompt, args.seed + step)
-            print0(f"--- a sample after {step} steps\n{text}\n---")
-        except OSError as e:  # a machine without a network can still train
-            print0(f"no sample: {e}")
+def print_sample(model, args, step):
+    """Prints a sample during training. All ranks generate the same one, and one of them prints."""
+    try:
+        # not compiled: torch.compile would recompile for every length
+        with torch.compiler.set_stance("force_eager"):
+            text = sample(model, args.prompt, args.seed + step)
+        print0(f"--- a sample after {step} steps\n{text}\n---")
+    except (OSError, NotImplementedError) as e:  # no tokenizer: training does not need one
+        print0(f"no sample: {e}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1418,8 +1364,8 @@ def parse_args(argv):
     if typed.arch == "gpt2":
         defaults |= GPT2 | {"n_kv_head": typed.n_head or defaults["n_head"]}
     if typed.init_from:
-        stored = load_checkpoint(typed.init_from)["config"]
-        defaults |= {name: stored[name] for name in shape if name in stored}
+        defaults |= load_checkpoint(typed.init_from)["config"]
+        del defaults["vocab_size"]  # the data's
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if typed.warmup_iters is None:
@@ -1433,15 +1379,14 @@ def main(argv):
     """Does what the command line asks for. Returns the exit code."""
     args = parse_args(argv)
     if args.sample is not None:
-        model, tokenizer = load_model(args.sample, pick_device(args.device))
-        print(sample(model, tokenizer, args.prompt, args.seed))
+        print(sample(load_model(args.sample, pick_device(args.device)), args.prompt, args.seed))
         return 0
     signals = catch_signals()
-    stopped = train(args, signals)
+    train(args, signals)
     if dist.is_initialized():
         dist.destroy_process_group()
     # by convention, a signal's exit code is 128 + its number
-    return 128 + signals[0] if stopped and signals else 0
+    return 128 + signals[0] if signals else 0
 
 
 if __name__ == "__main__":

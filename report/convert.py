@@ -22,6 +22,7 @@ import tiktoken.load
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import fineweb  # noqa: E402
 import train_gpt2  # noqa: E402
 from train_gpt2 import GPT2, load_model, load_tokenizer  # noqa: E402
 
@@ -116,16 +117,17 @@ def export(checkpoint, folder):
     """Writes a checkpoint and GPT-2's tokenizer as a folder that transformers opens."""
     import transformers
 
-    model, tokenizer_name = load_model(checkpoint, "cpu")
-    if tokenizer_name != "gpt2":
-        sys.exit(f"error: {checkpoint} reads {tokenizer_name}, for which transformers has no "
+    model = load_model(checkpoint, "cpu")
+    vocab_size = model.config.vocab_size
+    if vocab_size != fineweb.VOCAB_SIZE["gpt2"]:
+        sys.exit(f"error: {checkpoint} has {vocab_size} ids, for which transformers has no "
                  f"tokenizer: convert a model that was trained on GPT-2's tokens")
     # The state as stored, because load_model() may have tied what was untied.
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
     theirs = to_transformers(model.config, state)
     require_same_logits(model, theirs)
     # if tiktoken has no vocabulary yet, this downloads it
-    encode, _ = load_tokenizer("gpt2")
+    encode, _ = load_tokenizer(vocab_size)
     theirs.save_pretrained(folder)
     for name, url in VOCABULARY.items():
         Path(folder, name).write_bytes(tiktoken.load.read_file_cached(url))
@@ -134,7 +136,7 @@ def export(checkpoint, folder):
         folder, pad_token="<|endoftext|>", model_max_length=model.config.block_size)
     # transformers doesn't complain if it has not found the files
     text = "It's 1969, naïvely"
-    if len(tokenizer) != model.config.vocab_size or tokenizer(text).input_ids != encode(text):
+    if len(tokenizer) != vocab_size or tokenizer(text).input_ids != encode(text):
         sys.exit(f"error: transformers {transformers.__version__} does not read GPT-2's "
                  f"vocabulary: remove {folder}, and try another version")
     tokenizer.save_pretrained(folder)
@@ -160,8 +162,8 @@ def from_openai(name, path):
             # the embedding matrix may have more rows than ids
             state[our_name][: len(part)] = part
     require_same_logits(model, theirs)
-    checkpoint = {"config": asdict(model.config), "model": state, "tokenizer": "gpt2"}
-    train_gpt2.save_checkpoint(path, checkpoint | {"step": 0, "val_loss": float("nan")})
+    checkpoint = {"config": asdict(model.config), "model": state, "step": 0}
+    train_gpt2.save_checkpoint(path, checkpoint)
     path = shlex.quote(path)
     # Fine-tuning starts from good weights, so it takes small steps. The learning rate is nanoGPT's,
     # which keeps it constant; ours decays.

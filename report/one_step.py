@@ -189,7 +189,7 @@ def main(argv):
     # the batch
     B = args.total_batch_size // T
     x, y = data.batch(0, B, device)
-    _, decode = train_gpt2.load_tokenizer(train_gpt2.tokenizer_name(data.vocab_size))
+    _, decode = train_gpt2.load_tokenizer(data.vocab_size)
     # the last id, <|endoftext|>, is not text
     text = decode([id for id in x[0, :60].tolist() if id < data.vocab_size - 1])
     show(f"the batch: x {shape(x)} = (B, T), and the targets y, the same shifted by one",
