@@ -83,7 +83,7 @@ def write_shard(path, tokens, vocab_size):
     tokens = np.asarray(tokens)
     limit = min(vocab_size or VOCAB_SIZE["gpt2"], 2**16)
     if not 0 <= tokens.min() <= tokens.max() < limit:
-        raise ValueError(f"{path}: ids must be from 0 to {limit - 1}, not up to {tokens.max()}")
+        raise ValueError(f"{path}: ids must be in [0, {limit}): {tokens.min()} to {tokens.max()}")
     header = np.zeros(HEADER_INTS, "<i4")
     header[:4] = [*MAGIC_AND_VERSION, len(tokens), vocab_size]
     Path(path).write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
@@ -95,7 +95,7 @@ def find_shards(pattern):
     """
     paths = sorted(glob.glob(str(pattern)))
     if not paths:
-        sys.exit(f"error: no {pattern} in {os.getcwd()}; `python fineweb.py` downloads FineWeb's")
+        sys.exit(f"error: no {pattern} in {os.getcwd()}; `python fineweb.py` downloads FineWeb")
     lengths = []
     vocab_sizes = set()
     for path in paths:
@@ -107,7 +107,7 @@ def find_shards(pattern):
         lengths.append(int(header[2]))
         vocab_sizes.add(int(header[3]) or VOCAB_SIZE["gpt2"])
     if len(vocab_sizes) > 1:
-        sys.exit(f"error: {pattern}: make all shards with one tokenizer, not {vocab_sizes} ids")
+        sys.exit(f"error: {pattern}: vocabularies of {vocab_sizes} ids: use one tokenizer for all")
     return paths, lengths, vocab_sizes.pop()
 
 
@@ -146,7 +146,7 @@ def write_shards(folder, name, chunks, vocabulary, first=1):
             write_next(split)
     # A sequence of the smallest model has 128 tokens, plus the target of the last one.
     if numbers["train"] <= 1 and len(buffers["train"]) < 129:
-        sys.exit(f"error: too little text: {len(buffers['train'])} training tokens, 129 are needed")
+        sys.exit(f"error: too little text: {len(buffers['train'])} training tokens; 129 are needed")
     for split in buffers:
         if len(buffers[split]):
             write_next(split)
@@ -207,7 +207,7 @@ def read_files(paths):
         try:
             for text in read_file(path):
                 count += 1
-                yield text or ""  # a .parquet table may have an entry without text
+                yield text or ""  # a .parquet column may contain nulls
         except UnicodeError as error:
             print(f"{path} is not text in UTF-8, skipped after document {count}: {error}")
         # The decoders and pyarrow raise many types of errors for a damaged file.
@@ -276,7 +276,7 @@ def gpt2_tokenizer():
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError:
-        raise OSError("no GPT-2 vocabulary here: go online, or set TIKTOKEN_CACHE_DIR") from None
+        raise OSError("no cached GPT-2 vocabulary: go online, or set TIKTOKEN_CACHE_DIR") from None
 
 
 def tokenize(chunks, vocabulary):
@@ -310,7 +310,7 @@ def download(repo, patterns, folder):
                           local_dir=folder)
     except Exception as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        sys.exit(f"error: {repo}: {reason} (check the network, HF_ENDPOINT, HF_TOKEN; try again)")
+        sys.exit(f"error: {repo}: {reason} (check the network, HF_ENDPOINT, and HF_TOKEN; retry)")
 
 
 def raw_chunks(repo, version, folder, shards):

@@ -282,7 +282,7 @@ def main(argv):
     model = load_model(args.model, pick_device(args.device))
     try:
         encode, _ = load_tokenizer(model.config.vocab_size)
-    except OSError as e:  # no network to download GPT-2's vocabulary
+    except (OSError, NotImplementedError) as e:  # no network for the vocabulary, or no tokenizer
         sys.exit(f"error: {e}")
     endings = []
     for q in questions:

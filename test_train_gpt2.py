@@ -59,7 +59,7 @@ def own_folder(tmp_path, monkeypatch):
     short = functools.partial(train_gpt2.sample, max_new_tokens=20)
     monkeypatch.setattr(train_gpt2, "sample", short)
     yield
-    # main() catches signals; after a test they end pytest again
+    # main() replaces the signal handlers; restore them
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -81,7 +81,7 @@ def small(tmp_path):
 
 
 def fails(argv, *messages, main=main):
-    """main(argv) ends in one line that has all the messages."""
+    """main(argv) exits with a one-line error that contains all the messages."""
     with pytest.raises(SystemExit) as e:
         main(argv)
     line = str(e.value.code)
@@ -132,8 +132,8 @@ def random_ids(*shape, below=100):
 # 0. The whole
 
 def test_overfits_a_single_batch(small):
-    """If model, loss, gradients and optimizers are right, it memorizes a batch. 0 means validation
-    at the end only, and no clipping."""
+    """If model, loss, gradients, and optimizers are right, it memorizes a batch. With
+    --val_loss_every=0 it validates only at the end, and --grad_clip=0 disables clipping."""
     main([*small, "--overfit_single_batch", "--n_embd=128", "--num_iterations=40",
           "--total_batch_size=128", "--learning_rate=6e-3", "--val_loss_every=0", "--grad_clip=0"])
     losses = log_of()
@@ -246,7 +246,7 @@ def test_a_compiled_run_is_the_same(small, monkeypatch):
     """Training and validation are one graph each. Samples have many lengths, so they are not."""
     small += ["--optimizer=adamw", "--n_layer=1", "--num_iterations=2", "--val_loss_every=1"]
     main([*small, "--output_dir=plain"])
-    # all but the C++ compiler, which a machine may lack
+    # everything except code generation, which needs a C++ compiler
     compile = functools.partialmethod(GPT.compile, backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(GPT, "compile", compile)
     torch._dynamo.utils.counters.clear()
@@ -268,7 +268,7 @@ def counting_shards(sizes, T, seed=7):
 
 
 def test_every_row_once_an_epoch():
-    """But for the last few tokens of a shard. A row is a piece of one file. Each epoch and each
+    """Only the last few tokens of a shard are unused. A row lies within one shard. Each epoch and
     seed has its own order over the rows of all shards."""
     def read(first, count, seed=7):
         x, y = counting_shards(sizes, 16, seed).batch(first, count, CPU)
@@ -330,7 +330,7 @@ def test_what_each_optimizer_has(optimizer):
     """Vectors do not decay, Muon has only matrices of the blocks, frozen parameters are left out,
     and nothing else is."""
     model = tiny_model(**GPT2_ARCH)
-    model.transformer.h[0].experts = nn.Parameter(torch.zeros(2, 32, 32))  # no matrix
+    model.transformer.h[0].experts = nn.Parameter(torch.zeros(2, 32, 32))  # 3-D: AdamW
     model.transformer.h[0].attn.c_q.requires_grad_(False)
     wanted = []
     for name, p in model.named_parameters():
@@ -346,7 +346,7 @@ def test_what_each_optimizer_has(optimizer):
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon")
 def test_muon_is_pytorchs():
-    """It makes the steps of torch.optim.Muon, with wide, tall and square matrices."""
+    """It takes the same steps as torch.optim.Muon on wide, tall, and square matrices."""
     models = [tiny_model(shake=1.0) for _ in range(3)]
     ours, theirs, begin = ([p for p in model.transformer.h.parameters() if p.dim() == 2]
                            for model in models)
@@ -461,9 +461,9 @@ class Crash(Exception):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resume_is_exact(small, optimizer, monkeypatch):
-    """The power fails while a checkpoint is on its way to the disk, and the one before is still
-    there. The same command with --resume continues from it, bit for bit. Ranks compare what has to
-    agree."""
+    """The power fails while a checkpoint is being written, and the previous one survives. The same
+    command with --resume continues from it, bit for bit. Ranks compare the values that must agree.
+    """
     def fsync(file):
         if 6 in log_of(kind="tel"):
             os.ftruncate(file, 1000)
@@ -542,7 +542,7 @@ def test_fine_tuning(small):
 
 
 def in_step(patch, when, *signals):
-    """In the step `when` of the runs that follow, before its update, these signals come."""
+    """These signals arrive in step `when` of the runs that follow, before its update."""
     def get_lr(step, *settings):
         for number in signals if step == when else ():
             signal.raise_signal(number)
@@ -586,7 +586,7 @@ def test_a_second_ctrl_c_ends_immediately(small, monkeypatch):
 
 
 def trace(patch):
-    """From now on the training sequences that a process reads are written to read.RANK."""
+    """Appends the training sequences that a process reads from now on to read.RANK."""
     def batch(loader, *args):
         x, y = real(loader, *args)
         if "train" in loader.paths[0]:
@@ -806,7 +806,7 @@ ERRORS = [
 
 
 def files():
-    """What a command that fails may neither change nor add to."""
+    """The files here and their modification times, which a failing command must not change."""
     return {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
 
 
@@ -837,9 +837,9 @@ def test_a_loss_that_is_not_finite(module, name, message, small, monkeypatch):
 
 
 @pytest.mark.parametrize("vocab_size, reason", [
-    (50257, "TIKTOKEN_CACHE_DIR"), (300, "load_tokenizer.. knows no tokenizer with 300 ids")])
+    (50257, "TIKTOKEN_CACHE_DIR"), (300, "load_tokenizer.. has no tokenizer of 300 ids")])
 def test_without_a_tokenizer_there_are_no_samples(vocab_size, reason, small, capsys, monkeypatch):
-    """A machine that is offline trains nevertheless, and so does a model of other tokens."""
+    """An offline machine trains without samples, and so does a model with an unknown tokenizer."""
     no_network(monkeypatch)
     all_shards(vocab_size)
     assert main([*small, "--num_iterations=1"]) == 0
@@ -968,8 +968,8 @@ def test_your_own_files(capsys):
 
 
 def test_an_interrupted_run_leaves_no_folder(monkeypatch):
-    """Here by a damaged line. Its shards stay in FOLDER.tmp, and the next run deletes them and
-    nothing else."""
+    """Here a damaged line interrupts it. Its shards stay in FOLDER.tmp, and the next run deletes
+    only those shards."""
     monkeypatch.setattr(fineweb, "SHARD_TOKENS", 1000)
     write("mine.tmp/of a user", b"")
     write("bad.jsonl", b'{"text": "words"}\n' * 2000 + b'{"txt": "words"}\n')

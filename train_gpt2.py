@@ -159,7 +159,7 @@ def make_norm(config):
 # are unfamiliar to the model, so don't expect it to extrapolate to longer sequences.
 
 def rope_tables(T, D, base=10000.0):
-    """cos and sin of every angle, each (T, 1, D/2): the angle is the same for every head.
+    """cos and sin of every angle, each (T, 1, D/2), to broadcast over the heads.
 
     Pair i of a head's D channels is (i, i + D/2). At position t it is rotated by
     t * base^(-2i/D) radians. The first, high-frequency pairs tell neighbors apart, and the middle
@@ -250,7 +250,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, rope):
         """x (B, T, C) -> (B, T, C). rope is (cos, sin), each (T, 1, D/2), or None."""
         B, T, C = x.shape
-        # view: split the channels of a position into heads of D channels; -1: as many as there are
+        # split each position's channels into heads of D channels; -1 infers the number of heads
         q = self.c_q(x).view(B, T, -1, self.head_dim)  # (B, T, n_head, D)
         k = self.c_k(x).view(B, T, -1, self.head_dim)  # (B, T, n_kv_head, D)
         v = self.c_v(x).view(B, T, -1, self.head_dim)  # (B, T, n_kv_head, D)
@@ -538,7 +538,7 @@ def evaluate(model, data, num_tokens, batch_size=16):
         count = min(batch_size, end - first)
         x, y = data.batch(first, count, device)
         loss_sum += model(x, y).item() * count
-    return all_sum([loss_sum], device)[0] / num_sequences  # all_sum: over all processes
+    return all_sum([loss_sum], device)[0] / num_sequences  # summed over all processes
 
 
 # -------------------------------------------------------------------------------------------------
@@ -624,10 +624,10 @@ def orthogonalize(matrices):
 class Muon(torch.optim.Optimizer):
     """Muon for the blocks' matrices. Its author recommends AdamW for embeddings and the head.
 
-    Each group in params holds the matrices of one shape, stacked for one batched matmul, which is
-    faster than many small ones: torch.optim.Muon loops over the matrices and takes 1.6 times as
-    long for tiny on 2 CPU cores. dtype is the precision of the matmuls: bf16 is precise enough, but
-    slow without native support.
+    Each group in params holds the matrices of one shape. step() stacks them, because one batched
+    matmul is faster than many small ones: torch.optim.Muon loops over the matrices and takes 1.6
+    times as long for tiny on 2 CPU cores. dtype is the precision of the matmuls: bf16 is precise
+    enough, but slow without native support.
     """
 
     def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
@@ -969,40 +969,40 @@ def train(args, signals=()):
 # =================================================================================================
 # PART II: THE FUNCTIONS THAT PART I CALLS
 
-# Where to change what:
+# Where common changes go:
 #     the model                  a field of GPTConfig, which becomes a flag. Old checkpoints get its
 #                                default, so make the default the old behavior
-#     an attention mask          build it in GPT.forward(), (B, 1, T, T), True where a position may
-#                                attend; pass it down beside rope; use it instead of is_causal. A
-#                                mask that leaks only lowers the loss, so test that a change to
-#                                hidden tokens changes no logit
-#     an auxiliary loss          return it from Block beside x, and add it in GPT.forward() if
-#                                self.training, so that validation losses stay comparable
-#     training                   a flag in parse_args()
+#     an attention mask          build it in GPT.forward(): (B, 1, T, T), True where a query may
+#                                attend to a key, the causal mask included. Pass it along with rope;
+#                                attn_mask replaces is_causal. Leaks lower the loss, so test in one
+#                                layer that a token changes no logits at positions it is hidden from
+#     an auxiliary loss          return it from Block.forward() with x. In GPT.forward(), add it to
+#                                the loss if self.training, to keep validation losses comparable
+#     a training setting         an entry in DEFAULTS, which becomes a flag; read it in train()
 #     frozen weights             requires_grad_(False) in make_model()
-#     a growing batch            compute sequences_per_rank and grad_accum_steps in the loop, whose
-#                                `first` then needs a count of sequences: add to it before a stop
-#                                saves, save it, and restore it in load_run()
-#     the optimizer              make_optimizers(); self.state[p] is saved and restored. Keep the
-#                                matrices of routers and of LoRA out of Muon
+#     batch-size warmup          compute sequences_per_rank and grad_accum_steps in the loop. Then
+#                                `first` needs a running count of sequences. Increment it after the
+#                                optimizers' step, save it in save(), and restore it in load_run()
+#     the optimizer              make_optimizers(); self.state[p] is saved and restored. Muon gets
+#                                the blocks' 2-D weights; exclude MoE routers and LoRA's
 #     one group's learning rate  make_optimizers(), and the loop where it sets group["lr"]
-#     an average of the weights  copy.deepcopy(model) before it is compiled. In the loop, average
-#                                parameters() (state_dict() lists the tied matrix twice), and
-#                                evaluate() and save() the copy; restore it in load_run()
+#     weight averaging (EMA)     copy.deepcopy(model) before model.compile(). In the loop, update
+#                                the copy over parameters(): state_dict() lists a tied matrix twice.
+#                                Evaluate the copy; save() and load_run() then hold both models
 #     dropout                    seed it with the step, or a resumed run differs
-#     a tokenizer                load_tokenizer()
+#     a tokenizer                load_tokenizer(); <|endoftext|> must have the last id
 
 # -------------------------------------------------------------------------------------------------
 # 7. The machine
 
 def pick_device(name=None):
-    """The torch.device with this name, or else the machine's GPU (cuda or mps), or else its CPU."""
+    """The torch.device with this name, or else the machine's accelerator, or else its CPU."""
     gpu = torch.accelerator.current_accelerator(check_available=True)
     return torch.device(name or gpu or "cpu")
 
 
 def this_process():
-    """This process's rank and world_size, which torchrun sets: 0 and 1 without it."""
+    """This process's rank and world_size, which torchrun sets; without torchrun, 0 and 1."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -1048,7 +1048,7 @@ def require_same(value):
 
 def pick_dtype(device):
     """The string "bfloat16" if the hardware has instructions for it, else "float32"."""
-    # what Intel, AMD, and ARM call these instructions
+    # amx_bf16, avx512_bf16, and bf16 are Intel's, AMD's, and Arm's names for bf16 instructions
     able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     native = any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
     if device.type == "cuda":
@@ -1066,8 +1066,8 @@ def pick_batch_size(args, model, device, dtype, compiled, world_size):
     if device.type == "cuda":
         # Bytes in use at the peak of a step: about 20 per parameter (weight, gradient, optimizer
         # state, bf16 copy, DDP's buffer). The 35 per channel and 2.2 per logit were fitted to d12
-        # to d48 with PyTorch's allocator on a mock CUDA driver, not on a GPU. Without torch.compile
-        # a token takes up to three times as much, and in fp32 twice as much.
+        # to d48 with PyTorch's allocator on a mock CUDA driver, not on a GPU. For these models a
+        # token takes up to three times as much without torch.compile, and twice as much in fp32.
         c = model.config
         num_params = sum(p.numel() for p in model.parameters())
         per_token = 35 * c.n_layer * c.n_embd + 2.2 * c.vocab_size
@@ -1111,8 +1111,8 @@ def open_data(args):
     train_data = TokenLoader(pattern, T, args.seed)
     val_data = TokenLoader(f"{pattern.rpartition('_train_')[0]}_val_*.bin", T)
     if train_data.total * T < args.total_batch_size or val_data.total == 0:
-        sys.exit(f"error: {pattern}: {train_data.total} training and {val_data.total} validation "
-                 f"sequences are too few: reduce --total_batch_size or --sequence_length")
+        sys.exit(f"error: {pattern}: too few sequences, {train_data.total} for training and "
+                 f"{val_data.total} for validation: reduce --total_batch_size or --sequence_length")
     return train_data, val_data
 
 
@@ -1178,12 +1178,12 @@ def load_run(args, model, optimizers, train_data):
     """Restores last.pt. Returns its step, and its last and its lowest validation loss."""
     path = Path(args.output_dir, "last.pt")
     checkpoint = load_checkpoint(path)
-    # a field that was added to GPTConfig since then gets its default
+    # a GPTConfig field that is newer than the checkpoint gets its default
     config = asdict(GPTConfig(**checkpoint["config"]))
     before = checkpoint["args"] | {"config": config, "num_sequences": checkpoint["num_sequences"]}
     now = vars(args) | {"config": asdict(model.config), "num_sequences": train_data.total}
     differ = [name for name in now if now[name] != before.get(name)]
-    # The position in the data depends on the first three, and the optimizer state on the others.
+    # The first three fix the position in the data; weights and optimizer state need the others.
     fixed = "num_sequences", "total_batch_size", "seed", "config", "optimizer", "weight_decay"
     fixed = [name for name in fixed if name in differ]
     if checkpoint["step"] > args.num_iterations:
@@ -1192,7 +1192,7 @@ def load_run(args, model, optimizers, train_data):
         sys.exit(f"error: {path} needs the {', '.join(fixed)} it began with: {before['command']}")
     for name in differ:
         if name not in ("command", "resume", "output_dir"):
-            print0(f"NOTE: --{name} {now[name]}, which was {before.get(name)}")
+            print0(f"NOTE: --{name} is now {now[name]}; it was {before.get(name)}")
     model.load_state_dict(checkpoint["model"])
     for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
         optimizer.load_state_dict(state)
@@ -1276,7 +1276,7 @@ def load_tokenizer(vocab_size):
     if vocab_size == fineweb.VOCAB_SIZE["gpt2"]:
         bpe = fineweb.gpt2_tokenizer()
         return bpe.encode_ordinary, bpe.decode
-    raise NotImplementedError(f"load_tokenizer() knows no tokenizer with {vocab_size} ids: add it")
+    raise NotImplementedError(f"load_tokenizer() has no tokenizer of {vocab_size} ids: add yours")
 
 
 @torch.no_grad()
@@ -1313,7 +1313,7 @@ def sample(model, prompt="", seed=0, max_new_tokens=200, **options):
 
 
 def print_sample(model, args, step):
-    """Prints a sample during training. All ranks generate the same one, and one of them prints."""
+    """Prints a sample during training. Every rank generates the same one, and rank 0 prints it."""
     try:
         # not compiled: torch.compile would recompile for every length
         with torch.compiler.set_stance("force_eager"):
@@ -1365,7 +1365,7 @@ def parse_args(argv):
         defaults |= GPT2 | {"n_kv_head": typed.n_head or defaults["n_head"]}
     if typed.init_from:
         defaults |= load_checkpoint(typed.init_from)["config"]
-        del defaults["vocab_size"]  # the data's
+        del defaults["vocab_size"]  # from the data; block_size stays the checkpoint's
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if typed.warmup_iters is None:

@@ -120,7 +120,7 @@ def export(checkpoint, folder):
     model = load_model(checkpoint, "cpu")
     vocab_size = model.config.vocab_size
     if vocab_size != fineweb.VOCAB_SIZE["gpt2"]:
-        sys.exit(f"error: {checkpoint} has {vocab_size} ids, for which transformers has no "
+        sys.exit(f"error: {checkpoint}'s vocabulary has {vocab_size} ids; transformers has no such "
                  f"tokenizer: convert a model that was trained on GPT-2's tokens")
     # The state as stored, because load_model() may have tied what was untied.
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]

@@ -1,6 +1,6 @@
 """
-Tests of this folder's programs, and of what the documents say. `python -m pytest -q` in the folder
-above runs them, too.
+Tests for the programs in this folder and for what the documents say. `python -m pytest -q` in the
+parent folder runs them as well.
 """
 # ruff: noqa: F811, I001 (arguments that are named like imported fixtures, imports in our order)
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# the first of these makes the folder above importable
+# importing ablation puts the parent folder on sys.path
 import ablation
 import bench
 import convert
@@ -39,13 +39,13 @@ def text_of(*paths):
 # -------------------------------------------------------------------------------------------------
 # 1. To and from Hugging Face
 
-# settings: what llama.cpp and mlx-lm look for, and what fine-tuning would otherwise do
+# settings: config.json entries that llama.cpp and mlx-lm read, and no dropout in fine-tuning
 @pytest.mark.parametrize("kind, arch, settings", [
     ("Qwen3", {}, dict(rope_theta=10000)), ("Llama", {"qk_norm": False}, dict(rope_theta=10000)),
     ("GPT2", GPT2_ARCH, dict(n_ctx=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))])
 @torch.no_grad()
 def test_exported_models_are_the_same_elsewhere(kind, arch, settings, bpe):
-    """transformers opens the folder without our code: the same logits and ids."""
+    """transformers opens the folder without our code and computes the same logits and ids."""
     transformers = pytest.importorskip("transformers")
     # gains are not 1, and biases not 0
     model = tiny_model(shake=0.1, vocab_size=50257, **arch)
@@ -95,7 +95,7 @@ def test_what_cannot_be_converted(monkeypatch):
 
 @torch.no_grad()
 def test_openai_weights(bpe, small, capsys):
-    """In the layout of an export, they come in unchanged. Then the commands that it prints."""
+    """Weights in an export's layout are imported unchanged, and the printed commands run."""
     pytest.importorskip("transformers")
     model = tiny_model(shake=0.1, vocab_size=50257, **GPT2_ARCH)
     save_model("a.pt", model)
@@ -132,7 +132,7 @@ def test_links_lead_somewhere():
 
 
 def test_commands_are_understood(monkeypatch):
-    """In the documents and the scripts' own headings: the script exists and knows the arguments."""
+    """Each command in the documents and module docstrings names a script and flags that exist."""
     parse = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(parser, argv):
@@ -144,12 +144,12 @@ def test_commands_are_understood(monkeypatch):
     scripts = {Path(m.__file__).resolve().relative_to(ROOT).as_posix(): m for m in modules}
     scripts["lab.py"] = train_gpt2  # a copy of it
     text = "\n".join([text_of(*DOCUMENTS), *(module.__doc__ for module in modules)])
-    text = re.sub(r"\\\n *", "", text)  # a command that goes on in the next line
+    text = re.sub(r"\\\n *", "", text)  # continued on the next line
     command = r"(?:python|torchrun)\b[^`\n|]*? ([\w./]+\.py)\b([^`\n|&)]*)"
     shown = re.findall(command, text)
     assert {script for script, _ in shown} == set(scripts)
     for script, rest in shown:
-        # what stands behind two spaces or # explains it
+        # text after two spaces or # is an explanation
         argv = shlex.split(re.split(r"  +|#", rest)[0])
         with pytest.raises(SystemExit) as e:
             scripts[script].main(argv)
@@ -165,7 +165,7 @@ def test_figures_agree_with_logs():
         table = ablation.table(LOGS, group)
         assert table.count("\n") > 2 and table in text, group
         known |= set(re.split(r" ?[|\n,] ?", table))
-    # how far runs of the default lie apart
+    # the standard deviation of the default runs' final losses
     ends = [curve[-1][1] for curve in ablation.curves(LOGS, "ideas", "today").values()]
     known.add(f"{torch.tensor(ends).std():.3f}")
     losses = re.findall(r"(?:tel|trl):(\S+)", text_of(*LOGS.glob("lab/*/main.log")))
@@ -174,9 +174,9 @@ def test_figures_agree_with_logs():
         rows = re.findall(r"^\|.* \| ([\d.]+) \| ([\d,]+) \| [\d.]+ \|", table, re.M)
         for ms, rate in rows:
             known |= {ms, f"{float(ms):,.0f} ms", rate}
-            # how much faster than another of the same table
+            # the speedup over every row of the same table
             known |= {f"{float(other) / float(ms):.2f}" for other, _ in rows}
-    # the lab's questions are bold, too
+    # the lab's questions are bold as well; the pattern skips text that ends in . or ?
     figures = set(re.findall(r"\*\*([^*\n]*\d[^*\n]*)(?<![.?])\*\*", text))
     lines = set(re.findall(r"^    ((?:model|step|done) .*)$", text, re.M))
     assert len(figures) > 50 and len(lines) > 5 and figures | lines <= known
@@ -187,14 +187,14 @@ LAB = re.split("^## ", text_of(ROOT / "report" / "lab.md"), flags=re.M)[1:]
 
 @pytest.mark.parametrize("experiment", LAB, ids=lambda text: text.partition("\n")[0])
 def test_lab_fits_the_file(experiment, small):
-    """Each edit finds its place in train_gpt2.py, once, and the changed file trains otherwise."""
+    """Each edit matches train_gpt2.py exactly once, and the edited file trains differently."""
     question = experiment.partition("<details>")[0]
     script = text_of(ROOT / "train_gpt2.py")
     for diff in re.findall(r"```diff\n(.*?)```", question, re.S):
         before = re.sub(r"^\+.*\n|^[- ]", "", diff, flags=re.M)
         after = re.sub(r"^-.*\n|^[+ ]", "", diff, flags=re.M)
         assert script.count(before) == 1, before
-        # the one unusual batch comes at step 300 of the default run
+        # experiment 8 changes the batch of step 300, and these runs have 6 steps
         script = script.replace(before, after.replace("300", "3"))
     Path("lab.py").write_text(script, "utf-8")
     flags = shlex.split(re.search("^    python lab.py (.*)$", question, re.M)[1])
@@ -205,7 +205,7 @@ def test_lab_fits_the_file(experiment, small):
 
 
 def test_one_step_is_the_runs_first(small, capsys):
-    """What one_step.py shows is what a run does: the loss, the rate and the gradient's norm."""
+    """one_step.py shows the loss, learning rate, and gradient norm of a run's first step."""
     small.append("--warmup_iters=4")
     main([*small, "--val_loss_every=0"])
     wanted = [log_of(kind=kind)[0] for kind in ("trl", r"trl:\S+ lr", NORM)]
