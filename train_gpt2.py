@@ -977,12 +977,16 @@ def train(args, signals=()):
 #                                attn_mask replaces is_causal. Leaks lower the loss, so test in one
 #                                layer that a token changes no logits at positions it is hidden from
 #     an auxiliary loss          return it from Block.forward() with x. In GPT.forward(), add it to
-#                                the loss if self.training, to keep validation losses comparable
+#                                the loss if self.training, to keep validation losses comparable.
+#                                Blocks outside transformer.h get AdamW and are not counted as FLOPs
 #     a training setting         an entry in DEFAULTS, which becomes a flag; read it in train()
 #     frozen weights             requires_grad_(False) in make_model()
-#     batch-size warmup          compute sequences_per_rank and grad_accum_steps in the loop. Then
-#                                `first` needs a running count of sequences. Increment it after the
-#                                optimizers' step, save it in save(), and restore it in load_run()
+#     the order of the data      TokenLoader.locate(), which must depend on the index alone; add new
+#                                flags of the data to `fixed` in load_run()
+#     batch-size warmup          compute sequences_per_rank and grad_accum_steps in the loop; let
+#                                pick_batch_size() divide the smallest step. Then `first` needs a
+#                                running count of sequences. Increment it after optimizer.step(),
+#                                save it in save(), and restore it in load_run()
 #     the optimizer              make_optimizers(); self.state[p] is saved and restored. Muon gets
 #                                the blocks' 2-D weights; exclude MoE routers and LoRA's
 #     one group's learning rate  make_optimizers(), and the loop where it sets group["lr"]
