@@ -1,5 +1,5 @@
 """
-Chapter two turns text into tokens, and tokens into the shards that train_gpt2.py reads.
+Turns text into tokens, and tokens into the shards that train_gpt2.py reads.
 
 A token is a string from a fixed vocabulary, and its index there is its id. Why not words? There are
 too many, and a new word would have no id. Why not letters? Sequences would be 4 to 5 times as long,

@@ -1,5 +1,5 @@
 """
-Chapter three evaluates the model that train_gpt2.py has trained. HellaSwag is a benchmark of 10,042
+Evaluates the model that train_gpt2.py has trained. HellaSwag is a benchmark of 10,042
 multiple-choice questions: which of four endings continues a text? Models of GPT-2's size are
 compared by their accuracy, the fraction of the questions that they answer correctly.
 

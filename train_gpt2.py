@@ -27,7 +27,8 @@ Letters and words in comments:
     D   the width of one attention head, C / n_head
     V   vocabulary size, the number of different ids
     fp32, bf16   32-bit and 16-bit floating-point numbers. bf16 has fp32's range but only 2 to 3
-                 decimal digits; it takes half the memory and is several times as fast in matmuls
+                 decimal digits; it takes half the memory, and hardware that supports it multiplies
+                 matrices several times as fast
     tiny         a byte-level model for a laptop: 4 layers, 128 channels
     d12, d24     two of GPT-2's sizes: 12 layers with 768 channels, 24 layers with 1024
 
@@ -322,7 +323,8 @@ class Block(nn.Module):
     reach the first block directly through these residual connections, and deep models train well.
 
     GPT-1 had dropout here, x + dropout(attn(...)). Zeroing random activations, the entries of a
-    layer's output, keeps a model from overfitting: memorizing text that it reads many times.
+    layer's output, keeps a model from overfitting: memorizing text that it reads many times. By
+    default our models read no text twice, so they do without.
     """
 
     def __init__(self, config):
@@ -582,7 +584,8 @@ def evaluate(model, data, num_tokens, batch_size=16):
 #     u = orthogonalize(0.95 m + 0.05 g)          # Nesterov momentum
 #     w -= lr * (0.2 sqrt(max(rows, cols)) * u + weight_decay * w)
 #
-# Nesterov momentum adds the newest gradient once more, because m lags behind. The factor
+# Nesterov momentum adds the newest gradient once more, because m lags behind. m needs no bias
+# correction, because orthogonalize() returns the same for 0.1 g as for g. The factor
 # 0.2 sqrt(max(rows, cols)) scales the update's entries to an RMS of 0.2, about that of AdamW's
 # updates in practice, so one learning rate serves both (https://arxiv.org/abs/2502.16982).
 
@@ -649,7 +652,7 @@ class Muon(torch.optim.Optimizer):
                 updates.append(p.grad.lerp(m, momentum).to(self.dtype))
             orthogonal = orthogonalize(torch.stack(updates))  # (n, rows, cols)
             # U V^T's rows (columns, if tall) have length 1, so its RMS is 1 / sqrt(max(rows, cols))
-            orthogonal = orthogonal * (0.2 * math.sqrt(max(p.shape)))
+            orthogonal = orthogonal * (0.2 * math.sqrt(max(orthogonal.shape[1:])))
             for p, u in zip(group["params"], orthogonal, strict=True):
                 # weight decay as in AdamW, then the step
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -702,11 +705,12 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
        /         \                /        `--.__
         warmup, stable, decay to 0   warmup, decay to a tenth
 
-    Why warm up? At first the moments average only a few noisy gradients, so full steps are risky.
-    Why decay? Large steps bounce back and forth across a valley of the loss, and only small ones
-    descend into it. Compare runs only at their ends: until then, a run whose rate is still high
-    looks worse than it is. Our wsd (https://arxiv.org/abs/2404.06395) decays in the last 70%, as in
-    train_gpt_simple.py of the NanoGPT speedrun (https://github.com/KellerJordan/modded-nanogpt).
+    Why warm up, here from a tenth of the peak? At first the moments average only a few noisy
+    gradients, so full steps are risky. Why decay? Large steps bounce back and forth across a valley
+    of the loss, and only small ones descend into it. Compare runs only at their ends: until then, a
+    run whose rate is still high looks worse than it is. Our wsd (https://arxiv.org/abs/2404.06395)
+    decays in the last 70%, as in train_gpt_simple.py of the NanoGPT speedrun
+    (https://github.com/KellerJordan/modded-nanogpt).
 
     For d12's 19,073 steps the two recipes of section 5 give:
 
@@ -804,7 +808,8 @@ ORIGINAL = dict(optimizer="adamw", schedule="cosine", warmup_iters=715, qk_norm=
 #     print(evaluate(model, val_data, num_tokens=500_000))
 #
 # You could train with these lines alone. Everything else in train() makes the run fast, spreads it
-# over several GPUs, monitors it, and protects it from crashes.
+# over several GPUs, monitors it, and protects it from crashes. On a first reading, skip from its
+# head to "The training loop".
 #
 # For speed, train() uses mixed precision: bf16 where it is precise enough, fp32 elsewhere. A
 # floating-point number has a sign, an exponent, which sets the scale, and a fraction, the digits:
@@ -871,7 +876,7 @@ def train(args, signals=()):
     # every copy takes the same step. The result matches one GPU's up to rounding.
     ddp_model = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
 
-    # ---- Create the run's folder. mkdir() fails if another run has created it in the meantime.
+    # ---- Create the run's folder. Without --resume, mkdir() fails if another run has just done so.
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=args.resume)
     write_log(folder, f"s:{first_step} command:{args.command}")
@@ -883,7 +888,9 @@ def train(args, signals=()):
                  "val_loss": val_loss, "best_val_loss": best_val_loss, "args": vars(args),
                  "num_sequences": train_data.total}
         if name == "last.pt":
-            # resuming also needs the moments; the position in the data follows from the step
+            # Resuming also needs the moments. The order of the data and the learning rate follow
+            # from the step, and nothing else is random, so with the same flags a resumed run equals
+            # an uninterrupted one.
             state["optimizer"] = [optimizer.state_dict() for optimizer in optimizers]
         save_checkpoint(folder / name, state)
 
@@ -899,7 +906,7 @@ def train(args, signals=()):
             write_log(folder, f"s:{step} tel:{val_loss:.8g}")
             # NaN ends the run here, before it can replace the last good weights
             require_finite(f"validation loss at step {step}", val_loss, folder)
-            # best.pt: the weights with the lowest loss. last.pt: everything that resuming needs.
+            # best.pt: the weights with the lowest loss. last.pt: the newest, and the moments.
             if val_loss < best_val_loss:
                 best_val_loss = val_loss
                 save("best.pt", step)
@@ -933,8 +940,8 @@ def train(args, signals=()):
 
         # Gradient clipping: if the norm of all gradients, taken as one vector, exceeds grad_clip,
         # scale them down to norm grad_clip. A factor common to all steps cancels in the optimizers,
-        # but one step whose gradient is 10 times as large would dominate the moments for some 20
-        # steps. norm is the norm before clipping.
+        # but one step whose gradient is 10 times as large would dominate v for some 30 steps. norm
+        # is the norm before clipping.
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
 
         lr = get_lr(step, args.num_iterations, args.learning_rate, args.warmup_iters, args.schedule)
