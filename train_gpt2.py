@@ -1076,13 +1076,13 @@ def pick_batch_size(args, model, device, dtype, compiled, world_size):
     tokens = 4096  # enough to keep a CPU busy
     if device.type == "cuda":
         # Bytes in use at the peak of a step: about 20 per parameter (weight, gradient, optimizer
-        # state, bf16 copy, DDP's buffer). The 35 per channel and 2.2 per logit were fitted to d12
-        # to d48 with PyTorch's allocator on a mock CUDA driver, not on a GPU. For these models a
-        # token takes up to three times as much without torch.compile, and twice as much in fp32.
+        # state, bf16 copy, DDP's buffer). The factors per channel and per logit were fitted to d12
+        # to d48 with PyTorch's allocator on a mock CUDA driver, not on a GPU.
         c = model.config
         num_params = sum(p.numel() for p in model.parameters())
-        per_token = 35 * c.n_layer * c.n_embd + 2.2 * c.vocab_size
-        per_token *= (1 if compiled else 3) * (2 if dtype == "float32" else 1)
+        per_channel, per_logit = (35, 2.2) if compiled else (61, 12.3)
+        per_token = per_channel * c.n_layer * c.n_embd + per_logit * c.vocab_size
+        per_token *= 2 if dtype == "float32" else 1
         # Leave a tenth free, and half a gigabyte for CUDA. A roofline model (time bounded by FLOP/s
         # or bandwidth) predicts that more than 32,768 tokens would save about 1% of d12's time.
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -1319,8 +1319,7 @@ def sample(model, prompt="", seed=0, max_new_tokens=200, **options):
     # in training every document begins with <|endoftext|>, so the prompt does as well
     ids = [model.config.vocab_size - 1, *encode(prompt)]
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
-    new_ids = generate(model, ids, max_new_tokens, generator=generator, **options)
-    return prompt + decode(list(new_ids))
+    return prompt + decode([*generate(model, ids, max_new_tokens, generator=generator, **options)])
 
 
 def print_sample(model, args, step):
