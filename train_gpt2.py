@@ -993,7 +993,8 @@ def train(args, signals=()):
 #     batch-size warmup          compute sequences_per_rank and grad_accum_steps in the loop; let
 #                                pick_batch_size() divide the smallest step. Then `first` needs a
 #                                running count of sequences. Increment it after optimizer.step(),
-#                                save it in save(), and restore it in load_run()
+#                                save it in save(), and restore it in load_run(). Printed rates and
+#                                report/plot.py assume equal steps
 #     the optimizer              make_optimizers(); self.state[p] is saved and restored. Muon gets
 #                                the blocks' 2-D weights; exclude MoE routers and LoRA's
 #     one group's learning rate  make_optimizers(), and the loop where it sets group["lr"]
