@@ -288,6 +288,10 @@ def test_every_row_once_an_epoch():
     assert len({np.searchsorted(ends, row[0], side="right") for row in both[:12]}) > 1
     # a resumed run begins anywhere
     assert read(n - 2, 4) == both[n - 2:n + 2]
+    loader = counting_shards(sizes, 16)
+    loader.vocab_size = 1000
+    with pytest.raises(SystemExit, match="count_train_00000[1-4].bin has ids >= 1000"):
+        loader.batch(0, n, CPU)
 
 
 @pytest.mark.parametrize("world_size, batch_size", [(1, 1), (1, 16), (1, 500), (2, 16), (3, 4)])
@@ -327,8 +331,7 @@ def test_schedules():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_what_each_optimizer_has(optimizer):
-    """Vectors do not decay, Muon has only matrices of the blocks, frozen parameters are left out,
-    and nothing else is."""
+    """Vectors do not decay, Muon has the blocks' matrices, and only frozen parameters are absent."""
     model = tiny_model(**GPT2_ARCH)
     model.transformer.h[0].experts = nn.Parameter(torch.zeros(2, 32, 32))  # 3-D: AdamW
     model.transformer.h[0].attn.c_q.requires_grad_(False)
@@ -461,9 +464,8 @@ class Crash(Exception):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resume_is_exact(small, optimizer, monkeypatch):
-    """The power fails while a checkpoint is being written, and the previous one survives. The same
-    command with --resume continues from it, bit for bit. Ranks compare the values that must agree.
-    """
+    """The power fails while a checkpoint is written, and the previous one survives. The command
+    with --resume continues from it bit for bit. Ranks compare the values that must agree."""
     def fsync(file):
         if 6 in log_of(kind="tel"):
             os.ftruncate(file, 1000)
@@ -553,8 +555,7 @@ def in_step(patch, when, *signals):
 
 
 def test_signals_stop_a_run_gently(small, capsys, monkeypatch):
-    """It ends after the step and saves without validating. The command that it prints continues as
-    if nothing had happened."""
+    """It ends after the step and saves without validating. The printed command continues exactly."""
     def gone(*args):
         raise BrokenPipeError
 
@@ -968,8 +969,7 @@ def test_your_own_files(capsys):
 
 
 def test_an_interrupted_run_leaves_no_folder(monkeypatch):
-    """Here a damaged line interrupts it. Its shards stay in FOLDER.tmp, and the next run deletes
-    only those shards."""
+    """Here by a damaged line. The next run deletes the shards in FOLDER.tmp, and only those."""
     monkeypatch.setattr(fineweb, "SHARD_TOKENS", 1000)
     write("mine.tmp/of a user", b"")
     write("bad.jsonl", b'{"text": "words"}\n' * 2000 + b'{"txt": "words"}\n')

@@ -513,6 +513,9 @@ class TokenLoader:
             shard, row = self.locate(first + i)
             # reads only these T + 1 tokens from the disk
             chunk = fineweb.read_tokens(self.paths[shard], row * self.T, self.T + 1)
+            if chunk.max() >= self.vocab_size:
+                # a GPU's own error message would not name the cause
+                sys.exit(f"error: {self.paths[shard]} has ids >= {self.vocab_size}: make it again")
             tokens[i] = torch.from_numpy(chunk)
         tokens = tokens.to(device, non_blocking=pinned)
         # contiguous() copies: shifted views of one tensor gave wrong results on Apple GPUs
@@ -1105,8 +1108,7 @@ def flops_per_token(model):
     H100's peak in bf16 is 989 TFLOP/s.
     """
     c = model.config
-    num_params = sum(p.numel() for p in model.transformer.h.parameters())
-    num_params += model.lm_head.weight.numel()
+    num_params = sum(p.numel() for p in [*model.transformer.h.parameters(), model.lm_head.weight])
     return 6 * num_params + 12 * c.n_layer * c.n_embd * c.block_size
 
 
@@ -1213,16 +1215,15 @@ def load_run(args, model, optimizers, train_data):
 
 def print_header(args, model, train_data, batch_size, grad_accum_steps, device, dtype, compiled):
     """Prints the command and what it means on this machine."""
-    T = args.sequence_length
     num_params = sum(p.numel() for p in model.parameters())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     print0(f"{args.command}\n{model.config}\n"
            f"model {num_params:,} parameters, {flops_per_token(model) / 1e6:,.1f} MFLOP per token\n"
            f"device {name}, {dtype}{', compiled' if compiled else ''}\n"
-           f"step {args.total_batch_size:,} tokens = {batch_size} sequences x {T} tokens x "
-           f"{grad_accum_steps} micro-batches x {this_process()[1]} processes\n"
-           f"data {Path(train_data.paths[0]).parent}: {train_data.total * T:,} tokens per epoch, "
-           f"{args.num_iterations * args.total_batch_size:,} in this run")
+           f"step {args.total_batch_size:,} tokens = {batch_size} sequences x {train_data.T} "
+           f"tokens x {grad_accum_steps} micro-batches x {this_process()[1]} processes\n"
+           f"data {Path(train_data.paths[0]).parent}: {train_data.total * train_data.T:,} tokens "
+           f"per epoch, {args.num_iterations * args.total_batch_size:,} in this run")
     if device.type == "cpu" and args.device is None and args.model != "tiny":
         print0("NOTE: PyTorch sees no GPU, and a CPU takes minutes per step for such a model")
 
