@@ -331,7 +331,7 @@ def test_schedules():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_what_each_optimizer_has(optimizer):
-    """Vectors do not decay, Muon has the blocks' matrices, and only frozen parameters are absent."""
+    """Vectors do not decay, Muon has the blocks' matrices, and only frozen ones are left out."""
     model = tiny_model(**GPT2_ARCH)
     model.transformer.h[0].experts = nn.Parameter(torch.zeros(2, 32, 32))  # 3-D: AdamW
     model.transformer.h[0].attn.c_q.requires_grad_(False)
@@ -555,7 +555,7 @@ def in_step(patch, when, *signals):
 
 
 def test_signals_stop_a_run_gently(small, capsys, monkeypatch):
-    """It ends after the step and saves without validating. The printed command continues exactly."""
+    """It ends after the step and saves without validating. The printed command resumes exactly."""
     def gone(*args):
         raise BrokenPipeError
 

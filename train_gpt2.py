@@ -8,7 +8,7 @@ logits z into probabilities, exp(z) / sum(exp(z)). The loss at a position is -lo
 the cross-entropy, in nats because the logarithm is natural:
     0       the model was certain and right
     5.5     it gave equal probability to the 257 ids of a byte-level vocabulary, the 256 bytes and
-            a special token that separates documents: ln 257 = 5.5
+            a special token, <|endoftext|>, before each document: ln 257 = 5.5
     10.8    it gave equal probability to the 50,257 ids of GPT-2's vocabulary: ln 50,257 = 10.8
     3.3     a trained GPT-2 124M. Its perplexity is e^3.3 = 27: on average it is as uncertain as if
             it guessed among 27 equally likely ids
@@ -114,8 +114,8 @@ class RMSNorm(nn.Module):
 
     x (..., dim) -> same shape and dtype (https://arxiv.org/abs/1910.07467). Every block adds to the
     vectors, so their entries grow from block to block. Attention and MLP therefore each read a
-    normalized copy with RMS near 1. GPT-2's LayerNorm also subtracts the mean and adds a bias;
-    neither turned out to be necessary.
+    normalized copy with RMS near 1. GPT-2's LayerNorm also subtracts the mean and adds a bias, and
+    its linear layers add biases as well; none of this turned out to be necessary.
     """
 
     def __init__(self, dim):
@@ -347,7 +347,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         # GPUs are slow at dimensions that are not multiples of 64, so 50,257 ids are padded to
-        # 50,304. forward() drops the padding logits, so their rows' gradient is exactly 0.
+        # 50,304. forward() drops the padding logits, so those ids' rows of wte get gradient 0.
         padded_vocab_size = 64 * math.ceil(config.vocab_size / 64)
         # GPT-2's names: wte is the embedding matrix with a row per id ("word token embedding"), wpe
         # has a row per position, h holds the blocks, and ln_f is the final norm.
@@ -368,8 +368,9 @@ class GPT(nn.Module):
         # Weight tying (https://arxiv.org/abs/1608.05859): lm_head shares the embedding matrix, so
         # an id's logit is the dot product of the final vector with the id's own row. Ids used in
         # similar contexts get similar rows, which helps at both ends. Untied, d12 would have 155M
-        # parameters instead of 116.5M. Untrained, tiny predicts repeats, because its blocks add
-        # little and a row matches itself best. Bytes often repeat, so its loss is 5.22 < ln 257.
+        # parameters instead of 116.5M. Untrained, tiny predicts repeats: its blocks add little,
+        # so the final vector is nearly the input id's row, whose dot product with itself is the
+        # largest. Bytes often repeat, so its loss is 5.22 < ln 257.
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
@@ -437,9 +438,9 @@ class GPT(nn.Module):
 #
 #     d loss / d z  =  softmax(z), with 1 subtracted at y
 #
-# With softmax(z) = (0.7, 0.2, 0.1) and y = 1 it is (0.7, -0.8, 0.1). A step against it pushes each
-# logit down in proportion to its probability, and the target's up. All of training comes from this
-# signal.
+# With softmax(z) = (0.7, 0.2, 0.1) and y = 1, the second id, it is (0.7, -0.8, 0.1). A step against
+# it pushes each logit down in proportion to its probability, and the target's up. All of training
+# comes from this signal.
 
 # -------------------------------------------------------------------------------------------------
 # 3. The data
@@ -576,12 +577,13 @@ def evaluate(model, data, num_tokens, batch_size=16):
 # blocks. Adam rescales each entry of a gradient on its own; Muon treats the matrix as a whole.
 # Every matrix X is a product U S V^T, its singular value decomposition (SVD). The columns of U and
 # of V have length 1 and are orthogonal. S is diagonal and contains the singular values. If X is the
-# update to a matrix, an input along column i of V moves the output along column i of U, by the i-th
-# singular value. A gradient has a few large singular values and many small ones: in tiny after 100
-# steps, the largest is typically 40 times the median. So an SGD step moves a matrix along a few of
-# these directions and hardly along the rest. But small does not mean unimportant: a small singular
-# value may belong to something rare in the batch that has to be learned as well. Muon keeps U and
-# V and moves all singular values close to 1, with orthogonalize(). For matrices g and w:
+# update to a matrix, the matrix's output moves by X times its input: for an input along column i of
+# V, along column i of U, by the i-th singular value. A gradient has a few large singular values and
+# many small ones: in tiny after 100 steps, the largest is typically 40 times the median. So an SGD
+# step moves a matrix along a few of these directions and hardly along the rest. But small does not
+# mean unimportant: a small singular value may belong to something rare in the batch that has to be
+# learned as well. Muon keeps U and V and moves all singular values close to 1, with
+# orthogonalize(). For matrices g and w:
 #
 #     m = 0.95 m + 0.05 g                         # momentum
 #     u = orthogonalize(0.95 m + 0.05 g)          # Nesterov momentum
@@ -654,7 +656,8 @@ class Muon(torch.optim.Optimizer):
                 # Nesterov: 0.95 m + 0.05 g, with the new m
                 updates.append(p.grad.lerp(m, momentum).to(self.dtype))
             orthogonal = orthogonalize(torch.stack(updates))  # (n, rows, cols)
-            # U V^T's rows (columns, if tall) have length 1, so its RMS is 1 / sqrt(max(rows, cols))
+            # U V^T's rows (columns, if tall) have length 1 as well, so its RMS is
+            # 1 / sqrt(max(rows, cols))
             orthogonal = orthogonal * (0.2 * math.sqrt(max(orthogonal.shape[1:])))
             for p, u in zip(group["params"], orthogonal, strict=True):
                 # weight decay as in AdamW, then the step
@@ -715,7 +718,7 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
     decays in the last 70%, as in train_gpt_simple.py of the NanoGPT speedrun
     (https://github.com/KellerJordan/modded-nanogpt).
 
-    For d12's 19,073 steps the two recipes of section 5 give:
+    For d12's 19,073 steps the default recipe and --recipe original (section 5) give:
 
         step                             0         125       10,000    19,072
         --recipe today      (wsd)        2.4e-4    1.3e-3    1.6e-3    1.8e-7
@@ -755,12 +758,12 @@ def get_lr(step, num_iterations, learning_rate, warmup_iters=0, schedule="wsd"):
 # (report/README.md), so these rates are guesses. For another size, start between its neighbors'
 # rates and compare complete short runs at half and twice the rate.
 DEFAULTS = dict(
-    input_bin="fineweb10B/fineweb_train_*.bin",  # training shards; validation shards: _val_
+    input_bin="fineweb10B/fineweb_train_*.bin",  # training shards; validation: _val_
     sequence_length=1024,     # T, tokens
     total_batch_size=524288,  # tokens per step
     batch_size=0,             # sequences per micro-batch; 0: as many as are useful and fit the GPU
     num_iterations=19073,     # steps
-    warmup_iters=250,         # steps, but at most a tenth of the run
+    warmup_iters=250,         # steps; unless typed, at most a tenth of the run
     weight_decay=0.1,         # as in GPT-3
     grad_clip=1.0,            # maximum norm of the gradient, as in GPT-3; 0: no clipping
     seed=1337,                # for weights, data order, and samples
@@ -812,7 +815,7 @@ ORIGINAL = dict(optimizer="adamw", schedule="cosine", warmup_iters=715, qk_norm=
 #
 # You could train with these lines alone. Everything else in train() makes the run fast, spreads it
 # over several GPUs, monitors it, and protects it from crashes. On a first reading, skip from its
-# head to "The training loop".
+# head to "Gradient accumulation", read that paragraph, and go on at "The training loop".
 #
 # For speed, train() uses mixed precision: bf16 where it is precise enough, fp32 elsewhere. A
 # floating-point number has a sign, an exponent, which sets the scale, and a fraction, the digits:
@@ -875,8 +878,8 @@ def train(args, signals=()):
         model.compile(dynamic=False)
 
     # ---- DDP, distributed data parallel, runs a copy of the model on each GPU's share of a batch.
-    # During backward() the gradients are all-reduced: every rank gets their mean over all ranks, so
-    # every copy takes the same step. The result matches one GPU's up to rounding.
+    # During backward() an all-reduce averages the gradients over all ranks and gives every rank the
+    # result, so every copy takes the same step. Up to rounding it is the step one GPU would take.
     ddp_model = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
 
     # ---- Create the run's folder. Without --resume, mkdir() fails if another run has just done so.
